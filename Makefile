@@ -1,0 +1,67 @@
+# `make run` and `make test` work on a fresh machine with Python >= 3.11, pip and make; `make help` lists the rest.
+
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+# Extra arguments: make run ARGS="--epochs 2", make serve ARGS="--port 50052", make test ARGS="-k batcher"
+ARGS   ?=
+
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.DEFAULT_GOAL := help
+.PHONY: help run serve test lint format protos protos-released test-protobuf7 clean
+
+help: ## Show this list
+	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 18
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "vaeserve needs Python >= 3.11; $(PYTHON) is `$(PYTHON) -V 2>&1`. Name another: make PYTHON=python3.12 ..." >&2; exit 1; }
+	@$(PYTHON) -m venv $(VENV) || \
+	  { echo "Could not make $(VENV). On Debian and Ubuntu: apt-get install python3-venv" >&2; rm -rf $(VENV); exit 1; }
+
+$(VENV)/.user: $(BIN)/python pyproject.toml constraints.txt
+	@echo "Installing vaeserve and what it stands on into $(VENV) (PyTorch and ONNX Runtime are large; minutes) ..."
+	@$(BIN)/pip install -q -c constraints.txt -e '.[cli,server,training]'
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.user
+	@echo "Installing the development tools into $(VENV) ..."
+	@$(BIN)/pip install -q -c constraints.txt -e '.[dev]'
+	@touch $@
+
+run: $(VENV)/.user ## Train (once), export, serve, and take the SDK's tour: runs/quickstart/
+	@$(BIN)/python client/examples/quickstart.py $(ARGS)
+
+serve: $(VENV)/.user ## Serve ./models on 127.0.0.1:50051
+	@$(BIN)/vaeserve-server $(ARGS)
+
+test: $(VENV)/.dev ## Lint, types and the whole test suite
+	@$(MAKE) --no-print-directory lint
+	@$(BIN)/python -m pytest $(ARGS)
+
+lint: $(VENV)/.dev ## ruff, mypy --strict, buf
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+	@$(BIN)/buf lint protos
+	@$(BIN)/buf breaking protos --against protos/released.binpb
+
+format: $(VENV)/.dev ## Format and fix what ruff can fix
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+
+protos: $(VENV)/.dev ## Generate client/vaeserve/v1 from protos/
+	@$(BIN)/python -m grpc_tools.protoc -Iprotos --python_out=client --pyi_out=client --grpc_python_out=client \
+	  protos/vaeserve/v1/vae.proto
+
+protos-released: $(VENV)/.dev ## Record today's contract as the one that must not break
+	@$(BIN)/buf build protos -o protos/released.binpb
+
+test-protobuf7: ## The SDK alone, in an environment of its own with protobuf 7
+	@rm -rf .venv-protobuf7 && $(PYTHON) -m venv .venv-protobuf7
+	@.venv-protobuf7/bin/pip install -q . 'protobuf>=7' 'grpcio-health-checking>=1.85'
+	@.venv-protobuf7/bin/python tests/smoke_sdk.py
+
+clean: ## Remove environments and caches; models/ and runs/ stay
+	@rm -rf .venv .venv-protobuf7 .mypy_cache .ruff_cache .pytest_cache .hypothesis dist build
