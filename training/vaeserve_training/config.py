@@ -1,0 +1,216 @@
+"""One frozen description of a training run: every figure that changes its result, and the presets people start from.
+
+The same object is the command line's flags, the checkpoint's `config.json` and the card's `training_config_json`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+Dataset = Literal["mnist", "fashion-mnist", "folder", "arrays", "binarised-mnist"]
+LikelihoodName = Literal["bernoulli", "gaussian", "mse"]
+Positive = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=0)]
+ImageShape = tuple[Positive, Positive, Positive]
+
+# Where results cannot depend on a field, a run may be resumed under another value of it. The data's SHA-256 is checked
+# apart, so it does not matter where they lie.
+FREE_TO_CHANGE = frozenset({"data.path", "data.cache_dir", "run.keep_checkpoints", "run.monitor_images"})
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be used. The message names what was given, what was expected and what to do."""
+
+
+class Section(BaseModel):
+    """A frozen part of the configuration; unknown fields are refused, field docstrings are the flags' help."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
+
+
+class DataConfig(Section):
+    """Which images, and how they are brought to one shape."""
+
+    dataset: Dataset = "mnist"
+    """The kind of data set; folder, arrays and binarised-mnist need a path."""
+    path: Path | None = None
+    """A folder of images, a .npy/.npz file, or a folder that holds the four MNIST files."""
+    cache_dir: Path | None = None
+    """Where downloads are kept; unset: the user's cache folder."""
+    image_shape: ImageShape = (1, 28, 28)
+    """Channels, height and width that every image is brought to, e.g. [3,32,32]."""
+    on_bad_image: Literal["skip", "fail"] = "fail"
+    """What an unreadable image file does: it is named and left out, or it stops the run."""
+    test_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    """Share of the images held out, where the data set brings no test set of its own."""
+    seed: Count = 0
+    """Seed of that split."""
+    limit_train: Positive | None = None
+    """Use only the first so many training images."""
+    limit_test: Positive | None = None
+    """Use only the first so many test images."""
+
+
+class ModelConfig(Section):
+    """Encoder and decoder: strided convolutions, then dense layers, and the mirror image of both."""
+
+    latent_size: Positive = 20
+    """Number of latents D."""
+    channels: tuple[Positive, ...] = (32, 64)
+    """Output channels of each convolution (kernel 4, stride 2, padding 1); [] makes a multilayer perceptron."""
+    hidden: tuple[Positive, ...] = (256,)
+    """Widths of the dense layers between the convolutions and the latents."""
+    activation: Literal["silu", "relu", "gelu", "tanh"] = "silu"
+    """Non-linearity after each layer but the last."""
+
+
+class ObjectiveConfig(Section):
+    """What is minimised: distortion + beta * rate."""
+
+    likelihood: LikelihoodName = "bernoulli"
+    """The observation model p(x|z); mse is no normalised likelihood and collapses, it is kept to show that."""
+    sigma: Literal["learned", "optimal"] = "learned"
+    """Gaussian only: one standard deviation for all pixels, by gradient descent or in closed form."""
+    beta: Annotated[float, Field(ge=0)] = 1.0
+    """Weight of the rate; 1 is the evidence lower bound."""
+    rate_warmup_steps: Count = 0
+    """Steps over which the weight of the rate rises linearly from 0 to beta."""
+
+
+class OptimiserConfig(Section):
+    """How it is minimised, counted in epochs and steps, never in seconds."""
+
+    algorithm: Literal["adamw", "adam"] = "adamw"
+    """The optimiser."""
+    epochs: Positive = 11
+    """Passes over the training images."""
+    batch_size: Positive = 128
+    """Images per step."""
+    learning_rate: Annotated[float, Field(gt=0)] = 2e-3
+    """Highest learning rate."""
+    warmup_steps: Count = 200
+    """Steps over which the learning rate rises linearly from 0."""
+    schedule: Literal["cosine", "constant"] = "cosine"
+    """What the learning rate does after the warm-up."""
+    final_fraction: Annotated[float, Field(ge=0, le=1)] = 0.01
+    """Cosine only: the last step's learning rate as a share of the highest."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """Decoupled for adamw, an L2 penalty for adam."""
+    max_grad_norm: Annotated[float, Field(gt=0)] = 50.0
+    """The gradient's norm is clipped to this."""
+    ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.999
+    """Decay of the moving average of the weights that is evaluated and exported; 0 switches it off."""
+
+
+class RunConfig(Section):
+    """Where it runs, from which seed, and what is kept."""
+
+    seed: Count = 0
+    """Seed of the initial weights, the shuffling, the binarisation and the posterior noise."""
+    device: Literal["auto", "cuda", "cpu"] = "auto"
+    """auto takes CUDA where it works."""
+    precision: Literal["auto", "float32", "bf16"] = "auto"
+    """auto computes the networks in bf16 on CUDA and in float32 on a CPU; the loss terms are always float32."""
+    threads: Positive | None = None
+    """CPU threads; unset: PyTorch's own choice. Bit-identical resuming needs the same number."""
+    keep_checkpoints: Positive = 2
+    """How many of the newest checkpoints stay on disk."""
+    monitor_images: Count = 2000
+    """Evaluate the first so many test images after each epoch; 0 switches it off."""
+
+
+class TrainConfig(Section):
+    """A whole run. `to_json` and `from_json` are inverse to each other."""
+
+    data: DataConfig = DataConfig()
+    model: ModelConfig = ModelConfig()
+    objective: ObjectiveConfig = ObjectiveConfig()
+    optimiser: OptimiserConfig = OptimiserConfig()
+    run: RunConfig = RunConfig()
+
+    @model_validator(mode="after")
+    def _shapes_fit(self) -> TrainConfig:
+        check_image_shape(self.data.image_shape, self.model.channels)
+        return self
+
+    def to_json(self) -> str:
+        """Return the configuration as indented JSON."""
+        return self.model_dump_json(indent=2)
+
+    @classmethod
+    def from_json(cls, text: str | bytes, source: str = "the configuration") -> TrainConfig:
+        """Read what `to_json` wrote, or any part of it; ConfigError naming `source` and each wrong field."""
+        try:
+            return cls.model_validate_json(text)
+        except ValidationError as error:
+            raise ConfigError(f"{source}: {describe(error)}") from None
+
+    def with_changes(self, **sections: dict[str, Any]) -> TrainConfig:
+        """Return a copy with some fields changed, e.g. `with_changes(optimiser={"epochs": 3})`, validated again."""
+        values = self.model_dump()
+        for section, changes in sections.items():
+            values[section] = values[section] | changes
+        try:
+            return TrainConfig.model_validate(values)
+        except ValidationError as error:
+            raise ConfigError(describe(error)) from None
+
+
+def check_image_shape(image_shape: tuple[int, int, int], channels: tuple[int, ...]) -> None:
+    """Raise ConfigError unless height and width survive one halving per convolution."""
+    factor = 2 ** len(channels)
+    _, height, width = image_shape
+    if height % factor or width % factor:
+        raise ConfigError(
+            f"image_shape is {list(image_shape)}; with {len(channels)} convolutions that halve it, height and width "
+            f"must be multiples of {factor}: choose such a shape, or other model.channels"
+        )
+
+
+def describe(error: ValidationError) -> str:
+    """Return pydantic's report as one line: each wrong field, what is wrong and what was given."""
+    problems = []
+    for detail in error.errors(include_url=False):
+        field = ".".join(str(part) for part in detail["loc"])
+        # "Value error, ..." is pydantic's prefix before this module's own words, which name what was given themselves.
+        message = detail["msg"].removeprefix("Value error, ")
+        given = "" if detail["type"] in {"missing", "value_error", "json_invalid"} else f" (given {detail['input']!r})"
+        problems.append(f"{field}: {message}{given}" if field else f"{message}{given}")
+    return "; ".join(problems)
+
+
+def differences(first: TrainConfig, second: TrainConfig) -> list[str]:
+    """Return the fields, e.g. `optimiser.epochs`, in which two configurations would give different runs."""
+    one, two = first.model_dump(), second.model_dump()
+    fields = [f"{section}.{field}" for section, values in one.items() for field in values]
+    return [
+        name
+        for name in fields
+        for section, field in [name.split(".")]
+        if name not in FREE_TO_CHANGE and one[section][field] != two[section][field]
+    ]
+
+
+PRESETS: dict[str, TrainConfig] = {
+    "mnist": TrainConfig(),
+    "mnist-mlp": TrainConfig(
+        model=ModelConfig(channels=(), hidden=(400,)),
+        optimiser=OptimiserConfig(epochs=20, learning_rate=1e-3),
+    ),
+    "rgb": TrainConfig(
+        data=DataConfig(dataset="folder", image_shape=(3, 32, 32)),
+        model=ModelConfig(channels=(64, 128, 256), hidden=(512,), latent_size=64),
+        objective=ObjectiveConfig(likelihood="gaussian"),
+        optimiser=OptimiserConfig(epochs=50, learning_rate=1e-3),
+    ),
+}
+
+
+def preset(name: str) -> TrainConfig:
+    """Return the preset of that name; ConfigError listing the names if there is none."""
+    if name not in PRESETS:
+        raise ConfigError(f"there is no preset {name!r}; choose one of {', '.join(PRESETS)}")
+    return PRESETS[name]
