@@ -85,7 +85,7 @@ class Vae(nn.Module):
     """An encoder, a decoder and, for a Gaussian likelihood, the logarithm of its standard deviation."""
 
     def __init__(self, encoder: Encoder, decoder: Decoder, log_sigma: Tensor | None = None) -> None:
-        """Join the parts. `log_sigma` is a scalar: an nn.Parameter is learned, a plain tensor is state, None: no sigma."""
+        """Join the parts. `log_sigma` is a scalar: an nn.Parameter is learned, a tensor is state, None is absent."""
         super().__init__()
         self.encoder = encoder
         self.decoder = decoder
