@@ -7,7 +7,6 @@ training images as used, after reading, resizing and splitting.
 from __future__ import annotations
 
 import hashlib
-import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,12 +15,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vaeserve_training import mnist, sources
+from vaeserve_training.arrays import as_images, read_arrays
 from vaeserve_training.config import DataConfig
 from vaeserve_training.image_folder import FolderImages, read_folder
 from vaeserve_training.sources import DataError
-
-MAX_CHANNELS = 4
-_ROWS_AT_ONCE = 4096  # floating-point arrays are converted piece by piece, to keep the extra memory small
 
 # Names under which people keep arrays in an .npz file.
 _TRAIN_NAMES = ("train_images", "x_train", "train")
@@ -134,7 +131,7 @@ def _labels(parts: list[FolderImages]) -> list[NDArray[np.integer] | None]:
 
 def _load_arrays(config: DataConfig) -> ImageData:
     path = _required_path(config, "the .npy or .npz file")
-    arrays = _read_arrays(path)
+    arrays = read_arrays(path)
     pairs = [(train, test) for train in _TRAIN_NAMES for test in _TEST_NAMES if train in arrays and test in arrays]
     if pairs:
         (train, train_labels), (test, test_labels) = (_images_and_labels(arrays, name, path) for name in pairs[0])
@@ -150,18 +147,6 @@ def _load_arrays(config: DataConfig) -> ImageData:
     return replace(data, origins=(str(path),))
 
 
-def _read_arrays(path: Path) -> dict[str, NDArray[np.generic]]:
-    """Return the arrays of an .npz file by name, or of an .npy file as `images`; no pickle is ever loaded."""
-    try:
-        loaded = np.load(path, allow_pickle=False)
-        if isinstance(loaded, np.ndarray):
-            return {"images": loaded}
-        with loaded:
-            return {name: loaded[name] for name in loaded.files}
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise DataError(f"{path} cannot be read as an .npy or .npz file: {error}") from error
-
-
 def _images_and_labels(
     arrays: Mapping[str, NDArray[np.generic]], name: str, path: Path
 ) -> tuple[NDArray[np.uint8], NDArray[np.integer] | None]:
@@ -174,42 +159,6 @@ def _images_and_labels(
         given = f"{_LABEL_NAMES[name]} is {labels.dtype} {labels.shape}"
         raise DataError(f"{path}: {given}; expected integers of shape {expected}")
     return images, labels.astype(np.int64)
-
-
-def as_images(array: NDArray[np.generic], origin: str) -> NDArray[np.uint8]:
-    """Return `array` as uint8 (N, C, H, W); `origin` names it in errors.
-
-    Takes (N, H, W), (N, H, W, C) or (N, C, H, W), C at most 4, as uint8 0..255 or floating point 0..1, which is
-    rounded to the nearest of 256 levels. Raises DataError for anything else.
-    """
-    if array.ndim not in (3, 4) or 0 in array.shape:
-        raise DataError(f"{origin} has shape {array.shape}; expected (N, H, W), (N, H, W, C) or (N, C, H, W)")
-    if array.ndim == 3:
-        array = array[:, None]
-    elif array.shape[1] > MAX_CHANNELS and array.shape[3] <= MAX_CHANNELS:
-        array = np.moveaxis(array, 3, 1)
-    elif array.shape[1] > MAX_CHANNELS or min(array.shape[2:]) <= MAX_CHANNELS:
-        raise DataError(
-            f"{origin} has shape {array.shape}, of which neither (N, H, W, C) nor (N, C, H, W) can be told; "
-            f"expected 1 to {MAX_CHANNELS} channels and larger images"
-        )
-    if array.dtype == np.uint8:
-        return np.ascontiguousarray(array)
-    if not np.issubdtype(array.dtype, np.floating):
-        raise DataError(f"{origin} is {array.dtype}; expected uint8 (0..255) or floating point (0..1)")
-    return _from_floats(array, origin)
-
-
-def _from_floats(array: NDArray[np.generic], origin: str) -> NDArray[np.uint8]:
-    images = np.empty(array.shape, dtype=np.uint8)
-    for first in range(0, len(array), _ROWS_AT_ONCE):
-        rows = array[first : first + _ROWS_AT_ONCE].astype(np.float64)
-        bad = ~((rows >= 0) & (rows <= 1))  # so that NaN is bad too
-        if bad.any():
-            row = first + int(np.flatnonzero(bad.any(axis=(1, 2, 3)))[0])
-            raise DataError(f"{origin}: row {row} holds {rows[bad][0]:g}; floating-point pixels must be in 0..1")
-        images[first : first + _ROWS_AT_ONCE] = np.rint(rows * 255)
-    return images
 
 
 def _split(name: str, images: NDArray[np.uint8], labels: NDArray[np.integer] | None, config: DataConfig) -> ImageData:

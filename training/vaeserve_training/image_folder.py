@@ -82,8 +82,7 @@ def read_image(path: Path, image_shape: tuple[int, int, int]) -> NDArray[np.uint
     with Image.open(path, formats=FORMATS) as opened:
         if opened.width * opened.height > MAX_IMAGE_PIXELS:
             raise ValueError(f"{opened.width} x {opened.height} pixels; at most {MAX_IMAGE_PIXELS} are read")
-        image = ImageOps.exif_transpose(opened)
-        image = _as_8_bit(image).convert("RGB" if channels == 3 else "L")
+        image = _as_8_bit(ImageOps.exif_transpose(opened), opened.format).convert("RGB" if channels == 3 else "L")
         if image.size != (width, height):
             image = ImageOps.fit(image, (width, height), method=Image.Resampling.LANCZOS)
         pixels = np.asarray(image, dtype=np.uint8).reshape(height, width, channels)
@@ -106,12 +105,13 @@ def _read_all(paths: list[Path], image_shape: tuple[int, int, int]) -> Generator
         yield from pool.map(read_or_reason, paths)
 
 
-def _as_8_bit(image: Image.Image) -> Image.Image:
+def _as_8_bit(image: Image.Image, file_format: str | None) -> Image.Image:
     """Return the image with 8 bits a channel and no transparency; ValueError if its range is unknown."""
     if image.has_transparency_data:
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in {"PNG", "PPM"}):
+    # Pillow reads a PPM file of more than 8 bits as 32-bit integers, scaled to 0..65535.
+    if image.mode.startswith("I;16") or (image.mode == "I" and file_format == "PPM"):
         values = np.asarray(image).astype(np.float64) * (255 / _MAX_UINT16)
         return Image.fromarray(np.rint(values).astype(np.uint8))
     if image.mode in {"I", "F"}:

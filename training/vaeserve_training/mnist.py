@@ -9,12 +9,12 @@ from __future__ import annotations
 import gzip
 import hashlib
 import struct
-import zipfile
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
+from vaeserve_training.arrays import read_arrays
 from vaeserve_training.sources import CanonicalFile, DataError, FileSet, Wheel
 
 TRAIN_IMAGES = "train-images-idx3-ubyte.gz"
@@ -137,16 +137,19 @@ def read_static(path: Path) -> dict[str, NDArray[np.uint8]]:
 
 def _read_packed(path: Path) -> dict[str, NDArray[np.uint8]]:
     """Return the bits of np.packbits rows, uint8 0 or 1, (N, 784)."""
-    try:
-        with np.load(path, allow_pickle=False) as archive:
-            packed = {part: np.asarray(archive[part]) for part in STATIC_PARTS}
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
-        raise DataError(f"{path} cannot be read as the packed static binarisation: {error}") from error
-    for part, rows in packed.items():
-        expected = (STATIC_PARTS[part][0], STATIC_SIZE // 8)
+    packed = read_arrays(path)
+    missing = [part for part in STATIC_PARTS if part not in packed]
+    if missing:
+        raise DataError(
+            f"{path} has no array {missing[0]}; the packed static binarisation has {', '.join(STATIC_PARTS)}"
+        )
+    bits = {}
+    for part, (images, _) in STATIC_PARTS.items():
+        rows, expected = packed[part], (images, STATIC_SIZE // 8)
         if rows.shape != expected or rows.dtype != np.uint8:
             raise DataError(f"{path}: {part} is {rows.dtype} {rows.shape}; expected uint8 {expected}")
-    return {part: np.unpackbits(rows, axis=1) for part, rows in packed.items()}
+        bits[part] = np.unpackbits(rows.view(np.uint8), axis=1)
+    return bits
 
 
 def _read_text(path: Path, images: int) -> NDArray[np.uint8]:
