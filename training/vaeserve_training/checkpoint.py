@@ -11,7 +11,7 @@ import io
 import json
 import re
 import shutil
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -61,15 +61,21 @@ class Progress:
 
 
 @dataclass(frozen=True)
-class Checkpoint:
-    """A model as it is evaluated and exported: on the CPU, in evaluation mode, with the averaged weights if any."""
+class Header:
+    """What a checkpoint says about itself; `environment` is what bit-identical resuming needs to be the same."""
 
     path: Path
     config: TrainConfig
-    vae: Vae
-    dataset: DatasetInfo
     progress: Progress
-    environment: dict[str, str] = field(default_factory=dict)
+    dataset: DatasetInfo
+    environment: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Checkpoint(Header):
+    """A model as it is evaluated and exported: on the CPU, in evaluation mode, with the averaged weights if any."""
+
+    vae: Vae
 
 
 def save(
@@ -115,6 +121,12 @@ def latest(run_dir: Path) -> Path | None:
     return next(reversed(all_of(run_dir)), None)
 
 
+def latest_position(run_dir: Path) -> tuple[int, int]:
+    """Return (epochs done, steps into the next) of the run's newest checkpoint, (0, 0) if it has none."""
+    newest = latest(run_dir)
+    return (0, 0) if newest is None else _position(newest)
+
+
 def remove_leftovers(run_dir: Path) -> None:
     """Remove what a killed process had not yet published, or had not finished removing."""
     for path in (run_dir / FOLDER).glob(".*.tmp"):
@@ -126,16 +138,25 @@ def load(path: Path) -> Checkpoint:
 
     Raises CheckpointError if there is none, a file is missing or damaged, or the weights are not the config's.
     """
-    path = resolve(path)
+    header = read_header(resolve(path))
+    vae = build(header.config)
+    _load_weights(vae, header.path / (EMA if header.config.optimiser.ema_decay else WEIGHTS))
+    return Checkpoint(**vars(header), vae=vae.eval().requires_grad_(False))
+
+
+def read_header(path: Path) -> Header:
+    """Read what a checkpoint says about itself, without its tensors; CheckpointError if it is missing or damaged."""
     config = TrainConfig.from_json(_read(path / CONFIG), str(path / CONFIG))
-    progress, dataset, environment = _load_progress(path)
-    vae = build(config)
-    _load_weights(vae, path / (EMA if config.optimiser.ema_decay else WEIGHTS))
-    return Checkpoint(path, config, vae.eval().requires_grad_(False), dataset, progress, environment)
+    try:
+        record = json.loads(_read(path / PROGRESS))
+        progress = Progress(**record["progress"] | {"totals": tuple(record["progress"]["totals"])})
+        return Header(path, config, progress, DatasetInfo(**record["dataset"]), record["environment"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(_damaged(path / PROGRESS, error)) from error
 
 
 def resolve(path: Path) -> Path:
-    """Return `path` if it is a checkpoint, its newest checkpoint if it is a run's folder; else raise CheckpointError."""
+    """Return `path` if it is a checkpoint, its newest one if it is a run's folder; CheckpointError otherwise."""
     if (path / PROGRESS).is_file():
         return path
     newest = latest(path)
@@ -154,15 +175,6 @@ def restore(path: Path, *, vae: Vae, ema: Vae | None, optimiser: torch.optim.Opt
         optimiser.load_state_dict(state)
     except (RuntimeError, UnpicklingError, EOFError, ValueError, KeyError) as error:
         raise CheckpointError(_damaged(path / OPTIMISER, error)) from error
-
-
-def _load_progress(path: Path) -> tuple[Progress, DatasetInfo, dict[str, str]]:
-    try:
-        record = json.loads(_read(path / PROGRESS))
-        progress = record["progress"] | {"totals": tuple(record["progress"]["totals"])}
-        return Progress(**progress), DatasetInfo(**record["dataset"]), record["environment"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(_damaged(path / PROGRESS, error)) from error
 
 
 def _load_weights(module: nn.Module, path: Path) -> None:

@@ -29,6 +29,7 @@ class Encoder(nn.Module):
     def __init__(self, config: ModelConfig, image_shape: tuple[int, int, int]) -> None:
         super().__init__()
         check_image_shape(image_shape, config.channels)
+        self.latent_size = config.latent_size
         activation = _ACTIVATIONS[config.activation]
         layers: list[nn.Module] = []
         for before, after in pairwise((image_shape[0], *config.channels)):
@@ -94,6 +95,11 @@ class Vae(nn.Module):
             self.log_sigma = log_sigma
         else:
             self.register_buffer("log_sigma", log_sigma)
+
+    @property
+    def latent_size(self) -> int:
+        """Number of latents D."""
+        return self.encoder.latent_size
 
     @property
     def sigma(self) -> float | None:

@@ -1,0 +1,55 @@
+"""The optimiser, its schedule and the moving average of the weights: state that a resumed run takes up again.
+
+Learning rate and rate weight are functions of the step number, so they need no state of their own.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import torch
+from torch import nn
+
+from vaeserve_training.config import ObjectiveConfig, OptimiserConfig
+from vaeserve_training.models import Vae
+
+
+def make_optimiser(config: OptimiserConfig, vae: Vae) -> torch.optim.Optimizer:
+    """Return the fused optimiser over the model's parameters."""
+    algorithm = torch.optim.AdamW if config.algorithm == "adamw" else torch.optim.Adam
+    return algorithm(vae.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay, fused=True)
+
+
+def learning_rate(config: OptimiserConfig, step: int, total_steps: int) -> float:
+    """Return the learning rate of step `step` (from 0): a linear warm-up, then the schedule."""
+    if step < config.warmup_steps:
+        return config.learning_rate * (step + 1) / config.warmup_steps
+    if config.schedule == "constant":
+        return config.learning_rate
+    progress = (step - config.warmup_steps) / max(1, total_steps - 1 - config.warmup_steps)
+    cosine = 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
+    return config.learning_rate * (config.final_fraction + (1 - config.final_fraction) * cosine)
+
+
+def rate_weight(config: ObjectiveConfig, step: int) -> float:
+    """Return the weight of the rate at step `step` (from 0): beta, after its own linear warm-up."""
+    if step < config.rate_warmup_steps:
+        return config.beta * (step + 1) / config.rate_warmup_steps
+    return config.beta
+
+
+def make_average(config: OptimiserConfig, vae: Vae) -> Vae | None:
+    """Return the copy of the model that will hold the averaged weights, None if the average is off."""
+    return copy.deepcopy(vae).eval().requires_grad_(False) if config.ema_decay else None
+
+
+@torch.no_grad()
+def update_average(config: OptimiserConfig, average: nn.Module, module: nn.Module, step: int) -> None:
+    """Move the average towards the weights after step `step` (from 0); early steps weigh more, so that no start stays.
+
+    The decay is min(ema_decay, (1 + step) / (10 + step)).
+    """
+    decay = min(config.ema_decay, (1 + step) / (10 + step))
+    for averaged, current in zip(average.parameters(), module.parameters(), strict=True):
+        averaged.lerp_(current, 1 - decay)

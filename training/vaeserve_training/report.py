@@ -1,0 +1,90 @@
+"""A model's held-out figures as JSON for programs and as a table for people, with the protocol in words in both."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from google.protobuf import json_format
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
+from vaeserve.v1 import vae_pb2
+
+_LATENTS_SHOWN = 32
+
+
+class EvaluationError(RuntimeError):
+    """Figures that cannot be computed or read. The message says why and what to do."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """What `vaeserve-train evaluate` finds: one Evaluation per protocol, and the latents under the first of them."""
+
+    evaluations: list[vae_pb2.Evaluation]
+    latent_statistics: vae_pb2.LatentStatistics
+
+    def to_json(self) -> str:
+        """Return the report as indented JSON, with the field names of vae.proto."""
+        return json.dumps(
+            {
+                "evaluations": [_to_dict(evaluation) for evaluation in self.evaluations],
+                "latent_statistics": _to_dict(self.latent_statistics),
+            },
+            indent=2,
+        )
+
+    @classmethod
+    def from_json(cls, path: Path) -> Report:
+        """Read a file that `to_json` was written to; EvaluationError if it is missing or something else."""
+        try:
+            record = json.loads(path.read_bytes())
+            evaluations = [json_format.ParseDict(entry, vae_pb2.Evaluation()) for entry in record["evaluations"]]
+            return cls(evaluations, json_format.ParseDict(record["latent_statistics"], vae_pb2.LatentStatistics()))
+        except OSError as error:
+            raise EvaluationError(f"cannot read {path}: {error.strerror}") from error
+        except (ValueError, KeyError, TypeError, json_format.ParseError) as error:
+            raise EvaluationError(f"{path} is no report of vaeserve-train evaluate: {error}") from error
+
+
+def table(report: Report) -> Group:
+    """Return the report for a terminal: figures, their protocols in words, and the latents by falling KL."""
+    figures = Table(title="Held-out figures")
+    figures.add_column("nats per image" if report.evaluations[0].HasField("neg_elbo_nats") else "")
+    protocols = []
+    for number, entry in enumerate(report.evaluations, start=1):
+        figures.add_column(f"protocol ({number})", justify="right")
+        protocols.append(Text(f"({number}) {entry.protocol}"))
+    rows = {
+        "-ELBO": "neg_elbo_nats",
+        "rate": "rate_nats",
+        "distortion": "distortion_nats",
+        "loss, no likelihood": "loss",
+        "importance-weighted NLL": "iw_nll_nats",
+        "-ELBO in bits per dimension": "bits_per_dim",
+        "active units": "active_units",
+    }
+    for words, name in rows.items():
+        values = [f"{getattr(entry, name):.6g}" if entry.HasField(name) else "" for entry in report.evaluations]
+        if any(values):
+            figures.add_row(words, *values)
+    return Group(figures, *protocols, _latent_table(report.latent_statistics))
+
+
+def _latent_table(statistics: vae_pb2.LatentStatistics) -> Table:
+    order = sorted(range(len(statistics.kl_nats)), key=lambda latent: -statistics.kl_nats[latent])
+    left_out = len(order) - _LATENTS_SHOWN
+    caption = f"{left_out} more latents are in the JSON report" if left_out > 0 else None
+    latents = Table(title="Latents under protocol (1), by falling KL", caption=caption)
+    for column in ("latent", "KL (nats)", "mean posterior stddev", "aggregate mean", "aggregate stddev"):
+        latents.add_column(column, justify="right")
+    columns = (statistics.kl_nats, statistics.mean_posterior_stddev, statistics.mean, statistics.stddev)
+    for latent in order[:_LATENTS_SHOWN]:
+        latents.add_row(str(latent), *(f"{column[latent]:.3f}" for column in columns))
+    return latents
+
+
+def _to_dict(message: vae_pb2.Evaluation | vae_pb2.LatentStatistics) -> dict[str, object]:
+    return json_format.MessageToDict(message, preserving_proto_field_name=True)
