@@ -1,0 +1,91 @@
+"""How near generated images are to real ones: as a distribution, in fidelity and coverage, and one by one."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torchmetrics.image.fid import FrechetInceptionDistance
+
+_CHUNK = 500  # rows of a table of distances held at once
+NEIGHBOURS = 3  # Kynkaanniemi et al. 2019, section 4
+
+
+class _Features(nn.Module):
+    """Hands torchmetrics features instead of images, so that each set goes through the network once."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.num_features = size
+
+    def forward(self, features: Tensor) -> Tensor:
+        return features
+
+
+def frechet_distance(real: Tensor, generated: Tensor) -> float:
+    """Return the squared Frechet distance between Gaussians fitted to two sets of features, (N, F) and (M, F).
+
+    Heusel et al. 2017, section 2. It depends on the network that made the features and falls with the number of
+    samples: compare only figures of one network and one number of samples.
+    """
+    metric = FrechetInceptionDistance(feature=_Features(real.shape[1]))
+    metric.update(real.double(), real=True)
+    metric.update(generated.double(), real=False)
+    return float(metric.compute())
+
+
+class PrecisionRecall(NamedTuple):
+    """Share of generated samples that lie among the real ones, and of real ones that lie among the generated."""
+
+    precision: float
+    recall: float
+
+
+def precision_recall(real: Tensor, generated: Tensor) -> PrecisionRecall:
+    """Return improved precision and recall (Kynkaanniemi et al. 2019, equation 2) of features (N, F), k = 3.
+
+    Each set's region is the union of balls around its members that reach to their third nearest neighbour.
+    """
+    return PrecisionRecall(precision=_share_inside(generated, real), recall=_share_inside(real, generated))
+
+
+def _share_inside(points: Tensor, members: Tensor) -> float:
+    radius = torch.cat(
+        [torch.cdist(chunk, members).kthvalue(NEIGHBOURS + 1, dim=1).values for chunk in torch.split(members, _CHUNK)]
+    )
+    inside = [(torch.cdist(chunk, members) <= radius).any(1) for chunk in torch.split(points, _CHUNK)]
+    return float(torch.cat(inside).double().mean())
+
+
+class Nearest(NamedTuple):
+    """Each image's nearest reference image: its number (N,) and the mean squared error between the two (N,)."""
+
+    row: NDArray[np.int64]
+    mse: NDArray[np.float64]
+
+
+def nearest(images: Tensor, reference: Tensor) -> Nearest:
+    """Find each image's nearest reference image by mean squared error, both (., C, H, W) in 0..1."""
+    flat = reference.flatten(1)
+    squares = flat.square().sum(1)
+    rows, errors = [], []
+    for chunk in torch.split(images.flatten(1), _CHUNK):
+        row = (squares - 2 * chunk @ flat.T).argmin(1)
+        rows.append(row)
+        errors.append((chunk - flat[row]).square().mean(1))
+    return Nearest(torch.cat(rows).numpy(), torch.cat(errors).double().numpy())
+
+
+def copying_share(images: Tensor, train: Tensor, held_out: Tensor) -> float:
+    """Return the share of images that lie nearer to a training image than to any of as many held-out ones.
+
+    0.5: the training images are no nearer than images never seen; 1: every image is a copy of a training image. The
+    statistic of the data-copying test of Meehan, Chaudhuri and Dasgupta 2020.
+    """
+    count = min(len(train), len(held_out))
+    to_train, to_held_out = nearest(images, train[:count]).mse, nearest(images, held_out[:count]).mse
+    ties = to_train == to_held_out
+    return float(np.where(ties, 0.5, to_train < to_held_out).mean())
