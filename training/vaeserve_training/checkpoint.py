@@ -7,6 +7,7 @@ average is kept, and `optimiser.pt`. No pickle is ever loaded.
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import re
@@ -73,9 +74,13 @@ class Header:
 
 @dataclass(frozen=True)
 class Checkpoint(Header):
-    """A model as it is evaluated and exported: on the CPU, in evaluation mode, with the averaged weights if any."""
+    """A model as it is evaluated and exported: on the CPU, in evaluation mode, with the averaged weights if any.
+
+    `weights_sha256` is over the file the weights came from.
+    """
 
     vae: Vae
+    weights_sha256: str
 
 
 def save(
@@ -140,8 +145,10 @@ def load(path: Path) -> Checkpoint:
     """
     header = read_header(resolve(path))
     vae = build(header.config)
-    _load_weights(vae, header.path / (EMA if header.config.optimiser.ema_decay else WEIGHTS))
-    return Checkpoint(**vars(header), vae=vae.eval().requires_grad_(False))
+    weights = header.path / (EMA if header.config.optimiser.ema_decay else WEIGHTS)
+    _load_weights(vae, weights)
+    digest = hashlib.sha256(_read(weights)).hexdigest()
+    return Checkpoint(**vars(header), vae=vae.eval().requires_grad_(False), weights_sha256=digest)
 
 
 def read_header(path: Path) -> Header:

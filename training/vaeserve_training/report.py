@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 from vaeserve.v1 import vae_pb2
 
+FILE = "evaluation.json"
 _LATENTS_SHOWN = 32
 
 
@@ -21,15 +22,20 @@ class EvaluationError(RuntimeError):
 
 @dataclass(frozen=True)
 class Report:
-    """What `vaeserve-train evaluate` finds: one Evaluation per protocol, and the latents under the first of them."""
+    """What `vaeserve-train evaluate` finds: one Evaluation per protocol, and the latents under the first of them.
+
+    `weights_sha256` is the digest of the weights that were evaluated, as in `checkpoint.Checkpoint`; '' if not known.
+    """
 
     evaluations: list[vae_pb2.Evaluation]
     latent_statistics: vae_pb2.LatentStatistics
+    weights_sha256: str = ""
 
     def to_json(self) -> str:
         """Return the report as indented JSON, with the field names of vae.proto."""
         return json.dumps(
             {
+                "weights_sha256": self.weights_sha256,
                 "evaluations": [_to_dict(evaluation) for evaluation in self.evaluations],
                 "latent_statistics": _to_dict(self.latent_statistics),
             },
@@ -42,11 +48,17 @@ class Report:
         try:
             record = json.loads(path.read_bytes())
             evaluations = [json_format.ParseDict(entry, vae_pb2.Evaluation()) for entry in record["evaluations"]]
-            return cls(evaluations, json_format.ParseDict(record["latent_statistics"], vae_pb2.LatentStatistics()))
+            latents = json_format.ParseDict(record["latent_statistics"], vae_pb2.LatentStatistics())
+            return cls(evaluations, latents, str(record["weights_sha256"]))
         except OSError as error:
             raise EvaluationError(f"cannot read {path}: {error.strerror}") from error
         except (ValueError, KeyError, TypeError, json_format.ParseError) as error:
             raise EvaluationError(f"{path} is no report of vaeserve-train evaluate: {error}") from error
+
+
+def default_path(checkpoint: Path) -> Path:
+    """Return where the report on a checkpoint belongs: in the folder of its run."""
+    return checkpoint.parent.parent / FILE
 
 
 def table(report: Report) -> Group:

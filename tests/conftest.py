@@ -1,0 +1,47 @@
+"""What tests share: a model that was really trained, for seconds, on the small subset of MNIST under tests/data."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+MNIST_SUBSET = Path(__file__).parent / "data" / "mnist_subset.npz"
+
+
+@pytest.fixture(scope="session")
+def test_images() -> NDArray[np.uint8]:
+    """256 MNIST test images, uint8 [256, 1, 28, 28]."""
+    with np.load(MNIST_SUBSET) as arrays:
+        images: NDArray[np.uint8] = arrays["test_images"][:, None]
+    return images
+
+
+@pytest.fixture(scope="session")
+def checkpoint_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The last checkpoint of the default preset, trained on 1024 images."""
+    from vaeserve_training.config import preset
+    from vaeserve_training.fit import fit
+
+    config = preset("mnist").with_changes(
+        data={"dataset": "arrays", "path": MNIST_SUBSET}, optimiser={"epochs": 4, "warmup_steps": 8}
+    )
+    return fit(config, tmp_path_factory.mktemp("run"))
+
+
+@pytest.fixture(scope="session")
+def models_dir(checkpoint_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A models folder with one bundle, mnist/1, exported from that checkpoint."""
+    from vaeserve_training.export import export
+
+    folder = tmp_path_factory.mktemp("models")
+    export(checkpoint_dir, folder, name="mnist", version=1)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def bundle_dir(models_dir: Path) -> Path:
+    """That bundle's folder."""
+    return models_dir / "mnist" / "1"

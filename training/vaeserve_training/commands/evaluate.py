@@ -1,0 +1,69 @@
+"""`vaeserve-train evaluate`: held-out figures as a table on the terminal and as JSON beside the run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field
+from rich.console import Console
+
+from vaeserve_training import atomic, checkpoint, report
+from vaeserve_training.checkpoint import CheckpointError
+from vaeserve_training.commands.flags import Flags, log_to_stderr, parse, say
+from vaeserve_training.compute import choose_device
+from vaeserve_training.config import ConfigError
+from vaeserve_training.data import load
+from vaeserve_training.evaluate import DEFAULT_BATCH_SIZE, evaluate
+from vaeserve_training.progress import Bar
+from vaeserve_training.report import EvaluationError
+from vaeserve_training.sources import DataError
+
+USER_ERRORS = (ConfigError, DataError, CheckpointError, EvaluationError, OSError)
+
+
+class EvaluateFlags(Flags):
+    """Compute held-out figures of a trained model on the test images of the data set it was trained on."""
+
+    run_dir: Path
+    """A run's folder (its newest checkpoint is taken), or one of its checkpoints."""
+    iw_samples: Annotated[int, Field(ge=0)] = 0
+    """Importance samples k of the importance-weighted NLL; 0 leaves it out."""
+    seed: Annotated[int, Field(ge=0)] = 0
+    """Seed of the binarisation (or dequantisation) and of the posterior noise."""
+    batch_size: Annotated[int, Field(ge=1)] = DEFAULT_BATCH_SIZE
+    """Images in memory at once; the figures do not depend on it."""
+    device: Literal["auto", "cuda", "cpu"] = "auto"
+    """auto takes CUDA where it works."""
+    output: Path | None = None
+    """JSON file to write; unset: evaluation.json in the run's folder."""
+    quiet: bool = False
+    """Show no progress and no table."""
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Evaluate, write the JSON, show the table."""
+    flags = parse(EvaluateFlags, "evaluate", arguments)
+    log_to_stderr(quiet=flags.quiet)
+    device = choose_device(flags.device)
+    model = checkpoint.load(flags.run_dir)
+    data = load(model.config.data)
+    likelihood = model.config.objective.likelihood
+    with Bar("evaluating", len(data.test) * max(1, flags.iw_samples), show=not flags.quiet) as bar:
+        found = evaluate(
+            model.vae.to(device),
+            data,
+            likelihood,
+            seed=flags.seed,
+            iw_samples=flags.iw_samples,
+            batch_size=flags.batch_size,
+            advance=bar.advance,
+        )
+    output = flags.output or report.default_path(model.path)
+    atomic.write_file(output, replace(found, weights_sha256=model.weights_sha256).to_json().encode())
+    if not flags.quiet:
+        Console().print(report.table(found))
+    say(f"wrote {output}")
+    return 0

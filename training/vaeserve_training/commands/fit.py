@@ -1,0 +1,112 @@
+"""`vaeserve-train fit`: every field of the training configuration is a flag; presets and files give the defaults."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import Field
+
+from vaeserve_training import checkpoint
+from vaeserve_training.checkpoint import CheckpointError
+from vaeserve_training.commands.flags import Flags, log_to_stderr, parse, say
+from vaeserve_training.config import (
+    PRESETS,
+    ConfigError,
+    DataConfig,
+    ModelConfig,
+    ObjectiveConfig,
+    OptimiserConfig,
+    RunConfig,
+    TrainConfig,
+    preset,
+)
+from vaeserve_training.fit import fit
+from vaeserve_training.sources import DataError
+from vaeserve_training.trainer import FitError
+
+USER_ERRORS = (ConfigError, DataError, FitError, CheckpointError, OSError)
+
+
+class FitFlags(Flags):
+    """Train a model.
+
+    A flag outweighs the file of --config, which outweighs the --preset. The defaults shown are the preset mnist's.
+    --resume alone takes the configuration of the run that it goes on with.
+    """
+
+    run_dir: Path
+    """Folder that the run's checkpoints and metrics are written to."""
+    preset: Annotated[str | None, Field(description=f"Configuration to start from: {', '.join(PRESETS)}.")] = None
+    config: Path | None = None
+    """JSON file with any part of the configuration, e.g. another run's config.json."""
+    resume: bool = False
+    """Go on from the run's newest checkpoint, if it has one; a finished run is left as it is."""
+    quiet: bool = False
+    """Show warnings only."""
+    data: DataConfig = DataConfig()
+    model: ModelConfig = ModelConfig()
+    objective: ObjectiveConfig = ObjectiveConfig()
+    optimiser: OptimiserConfig = OptimiserConfig()
+    run: RunConfig = RunConfig()
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Train, and say what to do next."""
+    flags = parse(FitFlags, "fit", arguments, **_starting_point(arguments))
+    sections = {name: getattr(flags, name).model_dump() for name in TrainConfig.model_fields}
+    config = TrainConfig().with_changes(**sections)
+    log_to_stderr(quiet=flags.quiet)
+    folder = shlex.quote(str(flags.run_dir))
+    try:
+        newest = fit(config, flags.run_dir, resume=flags.resume, show_progress=not flags.quiet)
+    except KeyboardInterrupt:
+        kept = checkpoint.latest(flags.run_dir)
+        say(f"interrupted; {'no checkpoint was made yet' if kept is None else f'saved {kept}'}. To go on:")
+        say(f"  vaeserve-train fit --run-dir {folder} --resume")
+        return 130
+    say(f"trained: {newest}. Next:")
+    say(f"  vaeserve-train evaluate --run-dir {folder}")
+    say(f"  vaeserve-train export --run-dir {folder} --name {shlex.quote(config.data.dataset)}")
+    return 0
+
+
+def _starting_point(arguments: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Return the configuration, as sections, that the other flags change."""
+    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    for name in ("--preset", "--config", "--run-dir"):
+        early.add_argument(name, name.replace("-", "_").replace("__", "--", 1))
+    early.add_argument("--resume", action="store_true")
+    try:
+        known, _ = early.parse_known_args(list(arguments))
+    except argparse.ArgumentError as error:
+        raise ConfigError(str(error)) from None
+    if known.resume and known.run_dir and not known.preset and not known.config:
+        base = _configuration_of(Path(known.run_dir))
+    else:
+        base = preset(known.preset or "mnist")
+    sections = base.model_dump()
+    if known.config:
+        for section, values in _read_sections(Path(known.config)).items():
+            sections[section] |= values
+    return sections
+
+
+def _configuration_of(run_dir: Path) -> TrainConfig:
+    """Return the configuration a run was started with; that of the default preset if there is no run yet."""
+    path = (checkpoint.latest(run_dir) or run_dir) / checkpoint.CONFIG
+    return TrainConfig.from_json(path.read_bytes(), str(path)) if path.is_file() else preset("mnist")
+
+
+def _read_sections(path: Path) -> dict[str, dict[str, Any]]:
+    try:
+        text = path.read_bytes()
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror}") from None
+    TrainConfig.from_json(text, str(path))  # so that a mistake is told with the file's name
+    sections: dict[str, dict[str, Any]] = json.loads(text)
+    return sections
