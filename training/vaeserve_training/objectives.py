@@ -24,18 +24,26 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vaeserve_training.config import LikelihoodName
-from vaeserve_training.models import Vae
+from vaeserve_training.models import Decoder, Vae
 
 LOG_2PI = math.log(2 * math.pi)
 # Dequantised pixels fill bins of width 1/256, whose own standard deviation is 1 / (256 sqrt(12)).
 MIN_SIGMA = 1 / (256 * math.sqrt(12))
+
+
+class GenerativeModel(Protocol):
+    """What `distortion` needs of a model: p(x|z), wherever the latent comes from."""
+
+    decoder: Decoder
+    log_sigma: Tensor | None
+    training: bool
 
 
 @dataclass(frozen=True)
@@ -129,20 +137,20 @@ def optimal_log_sigma(image: Tensor, target: Tensor) -> Tensor:
     return 0.5 * mean_squared_error(image, target).mean().log()
 
 
-def distortion(vae: Vae, latent: Tensor, target: Tensor, likelihood: LikelihoodName) -> Tensor:
+def distortion(model: GenerativeModel, latent: Tensor, target: Tensor, likelihood: LikelihoodName) -> Tensor:
     """Return what the decoder's image costs against `target`, (N,): nats, or the mean squared error for mse.
 
     A Gaussian model that is in training mode and whose sigma is no parameter takes the batch's optimal one.
     """
     if likelihood == "bernoulli":
-        return bernoulli_nll(vae.decoder.logits(latent).float(), target)
-    image = vae.decoder(latent).float()
+        return bernoulli_nll(model.decoder.logits(latent).float(), target)
+    image = model.decoder(latent).float()
     if likelihood == "mse":
         return mean_squared_error(image, target)
-    if vae.log_sigma is None:
+    if model.log_sigma is None:
         raise ValueError("a model without sigma has no gaussian likelihood")
-    log_sigma = vae.log_sigma
-    if vae.training and not isinstance(log_sigma, nn.Parameter):
+    log_sigma = model.log_sigma
+    if model.training and not isinstance(log_sigma, nn.Parameter):
         log_sigma = optimal_log_sigma(image, target)
     return gaussian_nll(image, target, log_sigma.float())
 

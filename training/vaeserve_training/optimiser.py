@@ -7,18 +7,20 @@ from __future__ import annotations
 
 import copy
 import math
+from typing import TypeVar
 
 import torch
 from torch import nn
 
 from vaeserve_training.config import ObjectiveConfig, OptimiserConfig
-from vaeserve_training.models import Vae
+
+Averaged = TypeVar("Averaged", bound=nn.Module)
 
 
-def make_optimiser(config: OptimiserConfig, vae: Vae) -> torch.optim.Optimizer:
+def make_optimiser(config: OptimiserConfig, module: nn.Module) -> torch.optim.Optimizer:
     """Return the fused optimiser over the model's parameters."""
     algorithm = torch.optim.AdamW if config.algorithm == "adamw" else torch.optim.Adam
-    return algorithm(vae.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay, fused=True)
+    return algorithm(module.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay, fused=True)
 
 
 def learning_rate(config: OptimiserConfig, step: int, total_steps: int) -> float:
@@ -39,9 +41,9 @@ def rate_weight(config: ObjectiveConfig, step: int) -> float:
     return config.beta
 
 
-def make_average(config: OptimiserConfig, vae: Vae) -> Vae | None:
+def make_average(config: OptimiserConfig, module: Averaged) -> Averaged | None:
     """Return the copy of the model that will hold the averaged weights, None if the average is off."""
-    return copy.deepcopy(vae).eval().requires_grad_(False) if config.ema_decay else None
+    return copy.deepcopy(module).eval().requires_grad_(False) if config.ema_decay else None
 
 
 @torch.no_grad()
