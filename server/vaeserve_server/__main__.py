@@ -1,0 +1,32 @@
+"""`vaeserve-server`: flags in, exit status out. Imports only the standard library, to be able to name a missing extra."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+_OWN_PACKAGES = {"vaeserve", "vaeserve_server"}
+
+
+def main() -> int:
+    """Serve until a signal; return 0 after a drain, 1 if the server cannot start, 2 if the command line is wrong."""
+    # The port's and the provider's errors are told in one line; grpcio's own would come before them.
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
+    try:
+        from vaeserve_server import app, settings  # noqa: PLC0415
+        from vaeserve_server.errors import StartError  # noqa: PLC0415
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] in _OWN_PACKAGES:
+            raise
+        sys.stderr.write(f'vaeserve-server needs {error.name}; install the server: pip install "vaeserve[server]"\n')
+        return 2
+    try:
+        chosen = settings.from_command_line(sys.argv[1:])
+    except StartError as error:
+        sys.stderr.write(f"vaeserve-server: {error}\n")
+        return 2
+    return app.run(chosen)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,127 @@
+"""The server's life: listen, load and verify, warm, serve, drain, end."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import signal
+import sys
+
+from vaeserve_server import logs, repository
+from vaeserve_server.calls import Calls
+from vaeserve_server.cores import available_cores
+from vaeserve_server.engine import Limits
+from vaeserve_server.errors import StartError
+from vaeserve_server.executor import RunPool
+from vaeserve_server.graphs import CUDA, Runtime
+from vaeserve_server.health import Health
+from vaeserve_server.repository import Repository
+from vaeserve_server.service import SERVICE_NAME, VaeService
+from vaeserve_server.settings import Settings
+from vaeserve_server.transport_grpc import GrpcTransport, address
+
+_log = logging.getLogger(__name__)
+
+
+class Server:
+    """One server in the running event loop. `port` is the one listened on, once started."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.port = 0
+        self._service = VaeService()
+        self._health = Health([SERVICE_NAME])
+        self._transport = GrpcTransport(Calls(self._service), self._health, settings.max_message_bytes)
+        self._pool: RunPool | None = None
+        self._repository: Repository | None = None
+        self._hurry = asyncio.Event()
+
+    async def start(self) -> None:
+        """Listen, load and warm the models, then let health say SERVING. StartError if one of it cannot be done."""
+        # The port first: that it is taken is known at once, and who calls early hears that the server is loading.
+        self.port = await self._transport.start(self.settings.host, self.settings.port)
+        try:
+            await self._load()
+        except BaseException:
+            self.hurry()
+            await self.stop()
+            raise
+        self._health.set_serving(True)
+
+    async def stop(self) -> None:
+        """Drain: say NOT_SERVING, serve on for the delay, take no more calls, let those in flight finish."""
+        self._health.set_serving(False)
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._hurry.wait(), self.settings.drain_delay_s)
+        self._service.drain()
+        stopping = asyncio.create_task(self._transport.stop(self.settings.drain_s))
+        hurrying = asyncio.create_task(self._hurry.wait())
+        await asyncio.wait({stopping, hurrying}, return_when=asyncio.FIRST_COMPLETED)
+        if not stopping.done():
+            await self._transport.stop(0)
+        hurrying.cancel()
+        await stopping
+        if self._repository is not None:
+            self._repository.close()
+        if self._pool is not None:
+            await self._pool.close()
+
+    def hurry(self) -> None:
+        """Cut a drain short."""
+        self._hurry.set()
+
+    def ready_line(self) -> str:
+        """Return what is served where, for people and scripts that wait for it."""
+        engines = self._repository.engines if self._repository else []
+        provider = engines[0].provider if engines else ""
+        models = ", ".join(engine.label for engine in engines)
+        return f"serving {models} on {address(self.settings.host, self.port)} ({provider})"
+
+    async def _load(self) -> None:
+        settings = self.settings
+        runtime = await asyncio.to_thread(Runtime, settings.device)
+        threads = settings.threads or (1 if runtime.provider == CUDA else available_cores())
+        limits = Limits(
+            max_rows_per_call=settings.max_rows_per_call,
+            max_message_bytes=settings.max_message_bytes,
+            max_batch_rows=settings.max_batch_rows,
+            max_queue_rows=settings.max_queue_rows,
+            batch_wait_s=settings.batch_wait_us * 1e-6,
+        )
+        self._pool = RunPool(threads)
+        self._repository = await asyncio.to_thread(
+            repository.load, settings.models, settings.versions, runtime, self._pool, limits
+        )
+        self._service.open(self._repository, runtime)
+
+
+def run(settings: Settings) -> int:
+    """Serve until SIGTERM or SIGINT, then drain; a second signal cuts the drain short. Return the exit status."""
+    logs.configure(settings.log_format, settings.log_level)
+    try:
+        asyncio.run(_serve(settings))
+    except StartError as error:
+        _log.error("cannot start: %s", error)
+        return 1
+    return 0
+
+
+async def _serve(settings: Settings) -> None:
+    server = Server(settings)
+    asked_to_stop = asyncio.Event()
+
+    def on_signal() -> None:
+        if asked_to_stop.is_set():
+            server.hurry()
+        asked_to_stop.set()
+
+    for signal_number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(signal_number, on_signal)
+    await server.start()
+    sys.stdout.write(server.ready_line() + "\n")
+    sys.stdout.flush()
+    await asked_to_stop.wait()
+    _log.info("draining", extra={"fields": {"delay_s": settings.drain_delay_s, "limit_s": settings.drain_s}})
+    await server.stop()
+    _log.info("stopped")

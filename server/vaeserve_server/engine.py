@@ -1,0 +1,211 @@
+"""One served model on arrays: what it takes, and what it refuses before anything is queued, in words for its caller."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from vaeserve_server.batcher import Batcher, Outputs
+from vaeserve_server.bundle import DECODER, ENCODER, PRIOR, Bundle, check_digest, check_ports
+from vaeserve_server.checks import Array, check_range, is_finite, not_finite
+from vaeserve_server.errors import (
+    BundleError,
+    GraphLoadError,
+    GraphRunError,
+    InvalidInputError,
+    NoFittedPriorError,
+    StartError,
+)
+from vaeserve_server.executor import RunPool
+from vaeserve_server.graphs import CUDA, Graph, Runtime
+from vaeserve_server.work import FLOAT16, FLOAT32, UINT8, DecodeWork, DType, EncodeWork, Noise, NoiseWork, PriorWork
+
+_IMAGE_DTYPES = (UINT8, FLOAT32, FLOAT16)
+_LATENT_DTYPES = (FLOAT32, FLOAT16)
+_FLOAT32_MAX = float(np.finfo(np.float32).max)
+# Box-Muller's largest normal, from the smallest uniform, 2**-54; times this temperature it is still a float32.
+MAX_TEMPERATURE = _FLOAT32_MAX / math.sqrt(2 * 54 * math.log(2))
+_STREAM_ROWS = 2**64
+_ENVELOPE_BYTES = 4096  # a message's fields beside its tensors
+_BATCH_ROWS = {CUDA: 256}
+_BATCH_ROWS_CPU = 64
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Bounds of one server; see the settings of the same names. `max_batch_rows` 0 chooses by device."""
+
+    max_rows_per_call: int
+    max_message_bytes: int
+    max_batch_rows: int
+    max_queue_rows: int
+    batch_wait_s: float
+
+
+class Engine:
+    """One version of one model. Made off the event loop; its calls belong to the loop of `pool`."""
+
+    def __init__(self, bundle: Bundle, runtime: Runtime, pool: RunPool, limits: Limits) -> None:
+        """Load, check and warm the bundle's graphs; BundleError or DeviceError if they cannot serve."""
+        self.card = bundle.card
+        self.label = f"{self.card.name}/{self.card.version}"
+        self.image_shape = tuple(self.card.image_shape)
+        self.latent_shape = tuple(self.card.latent_shape)
+        self.max_rows_per_call = _max_rows(self, limits)
+        graphs = {role: _load(bundle, role, runtime) for role in bundle.graphs}
+        self.provider = graphs[ENCODER].provider
+        batch_rows = limits.max_batch_rows or _BATCH_ROWS.get(self.provider, _BATCH_ROWS_CPU)
+        for role, graph in graphs.items():
+            _warm(bundle, role, graph, batch_rows)
+        self._batchers = {
+            role: Batcher(
+                graph.run,
+                self.image_shape if role == ENCODER else self.latent_shape,
+                pool,
+                max_batch_rows=batch_rows,
+                max_queue_rows=limits.max_queue_rows,
+                wait_s=limits.batch_wait_s,
+            )
+            for role, graph in graphs.items()
+        }
+        self._encoder = self._batchers[ENCODER]
+        self._decoder = self._batchers[DECODER]
+        self._prior = self._batchers.get(PRIOR)
+
+    async def encode(self, images: Array, draw: Noise | None = None, deadline: float = math.inf) -> Outputs:
+        """Return (mean, stddev) of the posterior of each image, and mean + stddev * noise where `draw` is given.
+
+        `images` is `(N, C, H, W)`: uint8 0..255, or float32 or float16 in 0..1. The results are float32
+        `(N, *latent_shape)`. Raises InvalidInputError, QueueFullError, DeadlineError.
+        """
+        self._check_rows("images", images, self.image_shape, _IMAGE_DTYPES)
+        if images.dtype != UINT8:
+            check_range(images)
+        if draw is not None:
+            _check_draw(draw, len(images))
+        return await self._encoder.submit(EncodeWork(images, draw, self.latent_shape), deadline)
+
+    async def decode(self, latents: Array, image_dtype: DType, deadline: float = math.inf) -> Array:
+        """Return the mean image of each latent, `(N, C, H, W)`.
+
+        `latents` is float32 or float16 `(N, *latent_shape)`, finite. `image_dtype` is float32 or float16 (0..1), or
+        uint8 (0..255, rounded half to even). Raises InvalidInputError, QueueFullError, DeadlineError.
+        """
+        self._check_rows("latents", latents, self.latent_shape, _LATENT_DTYPES)
+        if not is_finite(latents):
+            raise not_finite("latents", latents)
+        return (await self._decoder.submit(DecodeWork(latents, image_dtype), deadline))[0]
+
+    async def sample(
+        self,
+        count: int,
+        draw: Noise,
+        image_dtype: DType,
+        *,
+        temperature: float = 1.0,
+        fitted_prior: bool = False,
+        deadline: float = math.inf,
+    ) -> Outputs:
+        """Return (images, latents) of `count` draws from the prior.
+
+        Images are `(count, C, H, W)` as `decode` gives them, latents float32 `(count, *latent_shape)`.
+        `temperature` multiplies the standard deviation of the standard normal prior, or a fitted prior's base noise.
+        Raises InvalidInputError, NoFittedPriorError, QueueFullError, DeadlineError.
+        """
+        self._check_count("count", "count is", count)
+        _check_draw(draw, count)
+        if not 0.0 <= temperature <= MAX_TEMPERATURE:
+            raise InvalidInputError(
+                "temperature",
+                f"temperature is {temperature}; it must be finite, at least 0 and at most {MAX_TEMPERATURE:.3g}",
+            )
+        base = NoiseWork(count, draw, temperature, self.latent_shape, image_dtype)
+        if not fitted_prior:
+            images, latents = await self._decoder.submit(base, deadline)
+            return images, latents
+        if self._prior is None:
+            raise NoFittedPriorError(
+                f"model {self.label} has no fitted prior; sample from the standard normal", model=self.label
+            )
+        (latents,) = await self._prior.submit(PriorWork(count, draw, temperature, self.latent_shape), deadline)
+        return await self.decode(latents, image_dtype, deadline), latents
+
+    def queued_rows(self) -> int:
+        """Return the rows that wait for a run, over all graphs."""
+        return sum(batcher.queued_rows for batcher in self._batchers.values())
+
+    def close(self) -> None:
+        """Refuse what still waits."""
+        for batcher in self._batchers.values():
+            batcher.close()
+
+    def _check_rows(self, field: str, rows: Array, row_shape: tuple[int, ...], dtypes: Sequence[DType]) -> None:
+        if rows.shape[1:] != row_shape:
+            raise InvalidInputError(field, self._shape_problem(field, rows.shape, row_shape))
+        if rows.dtype not in dtypes:
+            taken = " or ".join(dtype.name for dtype in dtypes)
+            raise InvalidInputError(field, f"{field} are {rows.dtype.name}; model {self.label} takes {taken}")
+        self._check_count(field, f"{field} have", len(rows), " rows")
+
+    def _check_count(self, field: str, subject: str, count: int, unit: str = "") -> None:
+        if not 1 <= count <= self.max_rows_per_call:
+            raise InvalidInputError(
+                field,
+                f"{subject} {count}{unit}; one call to model {self.label} takes 1 to {self.max_rows_per_call} rows",
+            )
+
+    def _shape_problem(self, field: str, given: tuple[int, ...], row_shape: tuple[int, ...]) -> str:
+        if len(given) == len(row_shape) + 1:
+            return f"{field} have shape {given[1:]}; model {self.label} takes {row_shape}"
+        with_rows = ", ".join(["N", *map(str, row_shape)])
+        return f"{field} have shape {given} in all; model {self.label} takes ({with_rows}), N rows of shape {row_shape}"
+
+
+def _check_draw(draw: Noise, rows: int) -> None:
+    if draw.first_row + rows > _STREAM_ROWS:
+        raise InvalidInputError(
+            "first_row",
+            f"first_row is {draw.first_row} and the call has {rows} rows; a seed's stream ends at row 2**64",
+        )
+
+
+def _max_rows(engine: Engine, limits: Limits) -> int:
+    """Return the most rows of a call, so that request and answer are at most half a message."""
+    image_bytes, latent_bytes = 4 * math.prod(engine.image_shape), 4 * math.prod(engine.latent_shape)
+    row_bytes = max(image_bytes + latent_bytes, 3 * latent_bytes)  # Sample's answer, Encode's answer
+    rows = (limits.max_message_bytes // 2 - _ENVELOPE_BYTES) // row_bytes
+    if rows < 1:
+        raise StartError(
+            f"one row of model {engine.label} takes {row_bytes} bytes, more than half of --max-message-bytes "
+            f"{limits.max_message_bytes}; raise it"
+        )
+    return min(rows, limits.max_rows_per_call)
+
+
+def _load(bundle: Bundle, role: int, runtime: Runtime) -> Graph:
+    file = bundle.graphs[role]
+    try:
+        graph = runtime.load(file.data)
+    except GraphLoadError as error:
+        raise BundleError(file.path, f"ONNX Runtime does not take the graph ({error})") from None
+    check_ports(bundle, role, graph.inputs, graph.outputs)
+    check_digest(bundle, role, graph.metadata)
+    return graph
+
+
+def _warm(bundle: Bundle, role: int, graph: Graph, batch_rows: int) -> None:
+    """Run the smallest and the largest batch, so that no caller pays for a first run, and check what comes back."""
+    path = bundle.graphs[role].path
+    row_shape = graph.inputs[0].shape[1:]
+    for rows in (1, batch_rows):
+        batch = np.zeros((rows, *(axis or 0 for axis in row_shape)), np.float32)
+        try:
+            outputs = graph.run(batch)
+        except GraphRunError as error:
+            raise BundleError(path, f"the graph does not run on {rows} rows ({error})") from None
+        for port, output in zip(graph.outputs, outputs, strict=True):
+            if output.shape != (rows, *port.shape[1:]) or not is_finite(output):
+                raise BundleError(path, f"{port.name} for {rows} rows of zeros is not finite {(rows, *port.shape[1:])}")

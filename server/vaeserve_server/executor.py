@@ -1,0 +1,90 @@
+"""Running graphs off the event loop: as many runs at once as there are threads, and work chosen as late as possible.
+
+A run is put together only when a thread is free to take it, so that whatever has queued by then goes in one batch. A
+thread per run and two calls to the loop are all it costs: no executor future, no lock.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from queue import SimpleQueue
+from threading import Thread
+from typing import Protocol
+
+
+class Run(Protocol):
+    """One unit of work for a thread."""
+
+    def execute(self) -> None:
+        """Do the work, in a worker thread; must not raise."""
+
+    def complete(self) -> None:
+        """Hand out what came of it, on the event loop."""
+
+
+class RunSource(Protocol):
+    """Where runs come from: a batcher."""
+
+    def take(self, free_threads: int) -> Run | None:
+        """Return the next run, or None if nothing waits. `free_threads` could start now, the run's own included."""
+
+    def has_waiting(self) -> bool:
+        """Return whether another run could be taken at once."""
+
+
+class RunPool:
+    """Threads shared by every graph of the process; graphs with work take turns.
+
+    All methods belong to the event loop's thread.
+    """
+
+    def __init__(self, threads: int) -> None:
+        self.loop = asyncio.get_running_loop()
+        self.threads = threads
+        self._free = threads
+        self._ready: deque[RunSource] = deque()
+        self._scheduled = False
+        self._runs: SimpleQueue[Run | None] = SimpleQueue()
+        self._workers = [Thread(target=self._work, name=f"run-{i}", daemon=True) for i in range(threads)]
+        for worker in self._workers:
+            worker.start()
+
+    def wake(self, source: RunSource) -> None:
+        """Note that `source` has work. What else arrives in this turn of the loop shares its run."""
+        if source not in self._ready:
+            self._ready.append(source)
+        if self._free and not self._scheduled:
+            self._scheduled = True
+            self.loop.call_soon(self._dispatch)
+
+    async def close(self) -> None:
+        """End the threads, after the runs they have."""
+        for _ in self._workers:
+            self._runs.put(None)
+        for worker in self._workers:
+            await asyncio.to_thread(worker.join)
+
+    def _dispatch(self) -> None:
+        self._scheduled = False
+        while self._free and self._ready:
+            source = self._ready.popleft()
+            run = source.take(self._free)
+            if run is None:
+                continue
+            if source.has_waiting():
+                self._ready.append(source)
+            self._free -= 1
+            self._runs.put(run)
+
+    def _finished(self, run: Run) -> None:
+        self._free += 1
+        try:
+            run.complete()
+        finally:  # whatever happened to one run, the next ones go on
+            self._dispatch()
+
+    def _work(self) -> None:
+        while (run := self._runs.get()) is not None:
+            run.execute()
+            self.loop.call_soon_threadsafe(self._finished, run)

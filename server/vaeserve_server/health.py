@@ -1,0 +1,72 @@
+"""grpc.health.v1: whether to send calls here, for the whole server ("") and for the service by name.
+
+The servicer of grpcio-health-checking forgets its other watchers when one leaves, and its Watch never ends, so that a
+drain would last until its limit; hence this one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Iterable
+from typing import Any
+
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from vaeserve_server.errors import shown
+
+SERVICE_NAME: str = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
+_Response = health_pb2.HealthCheckResponse
+
+
+class Health(health_pb2_grpc.HealthServicer):  # type: ignore[misc]  # the generated base has no types
+    """The standard health service: NOT_SERVING until `set_serving(True)`."""
+
+    def __init__(self, services: Iterable[str]) -> None:
+        self._services = ["", *services]
+        self._serving = False
+        self._closed = False
+        self._changed = asyncio.Event()
+
+    def set_serving(self, serving: bool) -> None:
+        """Tell everybody who asks or watches."""
+        self._serving = serving
+        self._notify()
+
+    def close(self) -> None:
+        """NOT_SERVING, for good: every Watch says so and ends."""
+        self._serving = False
+        self._closed = True
+        self._notify()
+
+    async def Check(self, request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:  # noqa: N802
+        """Return the state of one service; NOT_FOUND if there is no such service."""
+        if request.service not in self._services:
+            await context.abort(grpc.StatusCode.NOT_FOUND, f"there is no service {shown(request.service)}")
+        return self._response(request.service)
+
+    async def List(self, request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:  # noqa: N802
+        """Return the state of every service."""
+        return health_pb2.HealthListResponse(statuses={name: self._response(name) for name in self._services})
+
+    async def Watch(self, request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterator[Any]:  # noqa: N802
+        """Yield the state of one service now and whenever it changes."""
+        previous = None
+        while True:
+            changed = self._changed
+            response = self._response(request.service)
+            if response != previous:
+                yield response
+            previous = response
+            if self._closed:
+                return
+            await changed.wait()
+
+    def _response(self, service: str) -> Any:
+        if service not in self._services:
+            return _Response(status=_Response.SERVICE_UNKNOWN)
+        return _Response(status=_Response.SERVING if self._serving else _Response.NOT_SERVING)
+
+    def _notify(self) -> None:
+        self._changed.set()
+        self._changed = asyncio.Event()

@@ -1,0 +1,142 @@
+"""Message <-> array, one engine call per RPC: the service as the contract says it, behind any transport."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+from vaeserve import tensors
+from vaeserve.v1 import vae_pb2
+
+from vaeserve_server.engine import Engine
+from vaeserve_server.errors import InvalidInputError, NotServingError
+from vaeserve_server.graphs import Runtime
+from vaeserve_server.noise import draw_seed
+from vaeserve_server.repository import Repository
+from vaeserve_server.work import Noise
+
+SERVICE_NAME = vae_pb2.DESCRIPTOR.services_by_name["VaeService"].full_name
+
+_FLOAT32 = np.dtype(np.float32)
+_FITTED_PRIOR = {
+    vae_pb2.PRIOR_UNSPECIFIED: False,
+    vae_pb2.PRIOR_STANDARD_NORMAL: False,
+    vae_pb2.PRIOR_FITTED: True,
+}
+
+
+class VaeService:
+    """The five RPCs. Each takes its request and a deadline in the event loop's time, and may raise any CallError."""
+
+    def __init__(self) -> None:
+        self._repository: Repository | None = None
+        self._refusal = "the server is loading its models; try again"
+        self._models: dict[Engine, vae_pb2.GetModelResponse] = {}
+        self._refs: dict[Engine, vae_pb2.ModelRef] = {}
+
+    def open(self, repository: Repository, runtime: Runtime) -> None:
+        """Answer calls with the engines of `repository`, from now on."""
+        self._models = {engine: _describe(engine, runtime) for engine in repository.engines}
+        self._refs = {
+            engine: vae_pb2.ModelRef(name=engine.card.name, version=engine.card.version, digest=engine.card.digest)
+            for engine in repository.engines
+        }
+        self._repository = repository
+
+    def drain(self) -> None:
+        """Refuse calls from now on; those that are in go on."""
+        self._repository = None
+        self._refusal = "the server is shutting down; try another one"
+
+    async def encode(self, request: vae_pb2.EncodeRequest, deadline: float) -> vae_pb2.EncodeResponse:
+        """Images -> posterior mean and standard deviation, and latents where they are wanted."""
+        engine = self._engine(request.model)
+        images = _array(request, "images")
+        if not request.want_latents:
+            mean, stddev = await engine.encode(images, None, deadline)
+            return vae_pb2.EncodeResponse(
+                model=self._refs[engine], mean=tensors.to_tensor(mean), stddev=tensors.to_tensor(stddev)
+            )
+        draw = _noise(request)
+        mean, stddev, latents = await engine.encode(images, draw, deadline)
+        return vae_pb2.EncodeResponse(
+            model=self._refs[engine],
+            mean=tensors.to_tensor(mean),
+            stddev=tensors.to_tensor(stddev),
+            latents=tensors.to_tensor(latents),
+            seed=draw.seed,
+        )
+
+    async def decode(self, request: vae_pb2.DecodeRequest, deadline: float) -> vae_pb2.DecodeResponse:
+        """Latents -> images."""
+        engine = self._engine(request.model)
+        images = await engine.decode(_array(request, "latents"), _image_dtype(request), deadline)
+        return vae_pb2.DecodeResponse(model=self._refs[engine], images=tensors.to_tensor(images))
+
+    async def sample(self, request: vae_pb2.SampleRequest, deadline: float) -> vae_pb2.SampleResponse:
+        """Draws from the prior -> images."""
+        engine = self._engine(request.model)
+        if request.prior not in _FITTED_PRIOR:
+            raise InvalidInputError("prior", f"prior {request.prior} is not one of {', '.join(vae_pb2.Prior.keys())}")
+        draw = _noise(request)
+        images, latents = await engine.sample(
+            request.count,
+            draw,
+            _image_dtype(request),
+            temperature=request.temperature if request.HasField("temperature") else 1.0,
+            fitted_prior=_FITTED_PRIOR[request.prior],
+            deadline=deadline,
+        )
+        return vae_pb2.SampleResponse(
+            model=self._refs[engine],
+            images=tensors.to_tensor(images),
+            latents=tensors.to_tensor(latents) if request.want_latents else None,
+            seed=draw.seed,
+        )
+
+    async def get_model(self, request: vae_pb2.GetModelRequest, deadline: float) -> vae_pb2.GetModelResponse:
+        """One model's card, and how it runs here."""
+        return self._models[self._engine(request.model)]
+
+    async def list_models(self, request: vae_pb2.ListModelsRequest, deadline: float) -> vae_pb2.ListModelsResponse:
+        """Every served version, by name, newest first."""
+        return vae_pb2.ListModelsResponse(models=[self._models[engine] for engine in self._open_repository().engines])
+
+    def _open_repository(self) -> Repository:
+        if self._repository is None:
+            raise NotServingError(self._refusal)
+        return self._repository
+
+    def _engine(self, model: vae_pb2.ModelRef) -> Engine:
+        return self._open_repository().resolve(model.name, model.version, model.digest)
+
+
+def _describe(engine: Engine, runtime: Runtime) -> vae_pb2.GetModelResponse:
+    serving = vae_pb2.Serving(
+        provider=engine.provider,
+        requested_device=runtime.requested_device,
+        fell_back_to_cpu=runtime.fell_back_to_cpu,
+        max_rows_per_call=engine.max_rows_per_call,
+    )
+    return vae_pb2.GetModelResponse(card=engine.card, serving=serving)
+
+
+def _array(request: vae_pb2.EncodeRequest | vae_pb2.DecodeRequest, field: str) -> NDArray[np.generic]:
+    if not request.HasField(field):
+        raise InvalidInputError(field, f"{field} are missing")
+    try:
+        return tensors.from_tensor(getattr(request, field))
+    except tensors.TensorError as error:
+        raise InvalidInputError(f"{field}.{error.field}", f"{field}: {error}") from None
+
+
+def _noise(request: vae_pb2.EncodeRequest | vae_pb2.SampleRequest) -> Noise:
+    return Noise(request.seed if request.HasField("seed") else draw_seed(), request.first_row)
+
+
+def _image_dtype(request: vae_pb2.DecodeRequest | vae_pb2.SampleRequest) -> np.dtype[np.generic]:
+    if request.image_dtype == vae_pb2.DATA_TYPE_UNSPECIFIED:
+        return _FLOAT32
+    try:
+        return tensors.numpy_dtype(request.image_dtype)
+    except tensors.TensorError as error:
+        raise InvalidInputError("image_dtype", f"image_dtype: {error}") from None

@@ -1,0 +1,113 @@
+"""Flags and VAESERVE_* variables -> one frozen settings object. A flag wins over its variable."""
+
+from __future__ import annotations
+
+import ipaddress
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field, ValidationError, model_validator
+from pydantic_core import ErrorDetails
+from pydantic_settings import BaseSettings, CliApp, CliImplicitFlag, SettingsConfigDict
+
+from vaeserve_server.errors import StartError, shown
+from vaeserve_server.logs import LogFormat, LogLevel
+
+Device = Literal["auto", "cuda", "cpu"]
+Count = Annotated[int, Field(ge=1)]
+CountOrAuto = Annotated[int, Field(ge=0)]
+Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+class Settings(BaseSettings):
+    """Serve variational autoencoders over gRPC.
+
+    Every flag is also an environment variable: --drain-s is VAESERVE_DRAIN_S.
+    """
+
+    model_config = SettingsConfigDict(
+        frozen=True,
+        extra="forbid",
+        env_prefix="VAESERVE_",
+        use_attribute_docstrings=True,
+        cli_prog_name="vaeserve-server",
+        cli_kebab_case=True,
+        cli_hide_none_type=True,
+        cli_avoid_json=True,
+    )
+
+    models: Path = Path("models")
+    """Folder of bundles, models/<name>/<version>/."""
+    versions: Count = 2
+    """Newest versions of each model to serve. The newest answers a request that names none."""
+    device: Device = "auto"
+    """Where graphs run. cuda refuses to start without a working GPU; auto may fall back to the CPU, and says so."""
+    threads: CountOrAuto = 0
+    """Runs of graphs at once. 0 is the cores that this process may use on a CPU, 1 on a GPU."""
+
+    host: str = "127.0.0.1"
+    """Address to listen on."""
+    port: Annotated[int, Field(ge=0, le=65535)] = 50051
+    """Port to listen on; 0 takes a free one."""
+    insecure: CliImplicitFlag[bool] = False
+    """Listen on an address that other machines reach, although anybody there may then call."""
+    max_message_bytes: Annotated[int, Field(ge=65536, le=2**31 - 1)] = 32 * 2**20
+    """Largest message taken. Row limits keep calls at half of it, so that a somewhat larger one is told its limit."""
+
+    max_rows_per_call: Count = 4096
+    """Most rows in one call; fewer where the images are so large that max-message-bytes says so."""
+    max_batch_rows: CountOrAuto = 0
+    """Most rows in one run of a graph. 0 is 64 on a CPU, 256 on a GPU."""
+    max_queue_rows: Count = 8192
+    """Most rows waiting for each graph; a call beyond is refused at once and told when to try again."""
+    batch_wait_us: Annotated[int, Field(ge=0, le=1_000_000)] = 0
+    """Time that a call may wait for others to share its run. 0 never waits; the clock ticks in milliseconds."""
+
+    drain_delay_s: Seconds = 0.0
+    """After a SIGTERM: time to go on serving while health says NOT_SERVING, for load balancers to notice."""
+    drain_s: Seconds = 30.0
+    """After that: longest time for calls in flight to finish."""
+
+    log_level: LogLevel = "info"
+    """debug logs one line per call."""
+    log_format: LogFormat = "text"
+    """text is for people, json is one object a line."""
+
+    @model_validator(mode="after")
+    def _refuse_open_address(self) -> Settings:
+        if not self.insecure and not is_loopback(self.host):
+            raise ValueError(
+                f"host {self.host} can be reached from other machines and nothing protects the server there; "
+                "use 127.0.0.1, or add --insecure to let anybody call"
+            )
+        return self
+
+
+def is_loopback(host: str) -> bool:
+    """Return whether only this machine reaches `host`. A name other than localhost may resolve to anything."""
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def from_command_line(arguments: list[str]) -> Settings:
+    """Return the settings of flags, then environment, then defaults; StartError in one line if they are wrong.
+
+    `--help` and unknown flags end the process as argparse does.
+    """
+    try:
+        return CliApp.run(Settings, cli_args=arguments)
+    except ValidationError as error:
+        raise StartError("; ".join(_problem(detail) for detail in error.errors())) from None
+
+
+def _problem(detail: ErrorDetails) -> str:
+    message = detail["msg"].removeprefix("Value error, ")
+    if not detail["loc"]:
+        return message
+    name = str(detail["loc"][0])
+    return (
+        f"--{name.replace('_', '-')} (or VAESERVE_{name.upper()}) is {shown(str(detail['input']))}: "
+        f"{message[0].lower()}{message[1:]}"
+    )

@@ -1,0 +1,88 @@
+"""grpcio's asyncio server in front of the service: the calls, the standard health service, and reflection."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from typing import Any
+
+import grpc
+import grpc.aio
+from grpc_health.v1 import health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from vaeserve_server import health, service
+from vaeserve_server.calls import CallFailedError, Calls, Method
+from vaeserve_server.errors import ListenError
+
+_Context = grpc.aio.ServicerContext[Any, Any]
+_CODES = {code.value[0]: code for code in grpc.StatusCode}
+_LAST_BYTES_S = 1.0
+
+
+class GrpcTransport:
+    """One listening port. `stop` lets calls in flight finish."""
+
+    def __init__(self, calls: Calls, health_service: health.Health, max_message_bytes: int) -> None:
+        self._calls = calls
+        self._health = health_service
+        self._server = grpc.aio.server(
+            options=[
+                ("grpc.so_reuseport", 0),  # or a second server starts on the same port and takes half of the calls
+                ("grpc.max_receive_message_length", max_message_bytes),
+                ("grpc.max_send_message_length", -1),  # the row limit bounds answers
+            ]
+        )
+        handlers = {method.name: _handler(calls, method) for method in calls.methods}
+        self._server.add_generic_rpc_handlers([grpc.method_handlers_generic_handler(service.SERVICE_NAME, handlers)])
+        health_pb2_grpc.add_HealthServicer_to_server(health_service, self._server)
+        reflection.enable_server_reflection(
+            [service.SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME], self._server
+        )
+
+    async def start(self, host: str, port: int) -> int:
+        """Listen, and return the port; ListenError if it cannot be had."""
+        try:
+            bound_port = self._server.add_insecure_port(address(host, port))
+        except RuntimeError:
+            raise ListenError(f"cannot listen on {address(host, port)}: {_why_not(host, port)}") from None
+        await self._server.start()
+        return bound_port
+
+    async def stop(self, grace_s: float) -> None:
+        """Take no more calls, wait for those in flight at most `grace_s`, cut off what is left."""
+        self._health.close()
+        stopping = asyncio.create_task(self._server.stop(grace_s))
+        idle = asyncio.create_task(self._calls.wait_idle())
+        await asyncio.wait({stopping, idle}, return_when=asyncio.FIRST_COMPLETED)
+        idle.cancel()
+        # What is left are streams, which end when their client pleases, and answers that are being sent.
+        await self._server.stop(min(_LAST_BYTES_S, grace_s))
+        await stopping
+
+
+def address(host: str, port: int) -> str:
+    """Return host:port, with brackets around an IPv6 address."""
+    return f"[{host.strip('[]')}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def _handler(calls: Calls, method: Method) -> grpc.RpcMethodHandler[bytes, bytes]:
+    async def handle(payload: bytes, context: _Context) -> bytes:
+        try:
+            return await calls.answer(method, payload, context.time_remaining())
+        except CallFailedError as failure:
+            status = failure.status
+        return await context.abort(_CODES[status.code], status.message, status.metadata)
+
+    return grpc.unary_unary_rpc_method_handler(handle)
+
+
+def _why_not(host: str, port: int) -> str:
+    """Return the reason why a socket cannot be bound, which grpcio does not tell."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host.strip("[]"), port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind, protocol) as probe:
+            probe.bind(address)
+    except OSError as error:
+        return f"{error.strerror or error}; choose another --host or --port"
+    return "grpcio gives no reason; set GRPC_VERBOSITY=debug to see it"

@@ -1,0 +1,146 @@
+"""Bundles made by hand, for what no exporter makes: broken ones, hostile ones, and shapes that no preset has.
+
+The graphs are small but honest: every row's answer depends on that row alone and on all of it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import onnx
+from google.protobuf import json_format
+from onnx import TensorProto, helper, numpy_helper
+from vaeserve.v1 import vae_pb2
+
+ENCODER, DECODER, PRIOR = vae_pb2.GRAPH_ROLE_ENCODER, vae_pb2.GRAPH_ROLE_DECODER, vae_pb2.GRAPH_ROLE_PRIOR
+FILES = {ENCODER: "encoder.onnx", DECODER: "decoder.onnx", PRIOR: "prior.onnx"}
+DIGEST = "d" * 64
+
+
+def write_bundle(
+    models_dir: Path,
+    name: str = "mnist",
+    version: str = "1",
+    *,
+    image_shape: Sequence[int] = (1, 28, 28),
+    latent_shape: Sequence[int] = (4,),
+    digest: str = DIGEST,
+    prior: bool = False,
+    graphs: Mapping[int, onnx.ModelProto] | None = None,
+) -> Path:
+    """Publish models_dir/name/version and return it. `graphs` replaces some of the graphs made here, by role."""
+    folder = models_dir / name / version
+    folder.mkdir(parents=True)
+    models = {
+        ENCODER: encoder(image_shape, latent_shape, digest),
+        DECODER: decoder(image_shape, latent_shape, digest),
+        **({PRIOR: prior_graph(latent_shape, digest)} if prior else {}),
+        **(graphs or {}),
+    }
+    card = vae_pb2.ModelCard(
+        schema_version=1,
+        name=name,
+        version=version,
+        digest=digest,
+        image_shape=image_shape,
+        latent_shape=latent_shape,
+        likelihood=vae_pb2.LIKELIHOOD_BERNOULLI,
+        beta=1.0,
+    )
+    for role, model in models.items():
+        data = model.SerializeToString()
+        (folder / FILES[role]).write_bytes(data)
+        card.graphs.add(role=role, file=FILES[role], sha256=hashlib.sha256(data).hexdigest(), opset=18)
+    write_card(folder, card)
+    return folder
+
+
+def read_card(folder: Path) -> vae_pb2.ModelCard:
+    """Return the card of a bundle."""
+    return json_format.Parse((folder / "model.json").read_text(), vae_pb2.ModelCard())
+
+
+def write_card(folder: Path, card: vae_pb2.ModelCard) -> None:
+    """Write model.json as an exporter does."""
+    text = json_format.MessageToJson(card, preserving_proto_field_name=True, always_print_fields_with_no_presence=True)
+    (folder / "model.json").write_text(text)
+
+
+def encoder(image_shape: Sequence[int], latent_shape: Sequence[int], digest: str = DIGEST) -> onnx.ModelProto:
+    """Return image -> mean = image W, stddev = exp(-mean)."""
+    pixels, size = int(np.prod(image_shape)), int(np.prod(latent_shape))
+    nodes = [
+        helper.make_node("Flatten", ["image"], ["flat"], axis=1),
+        helper.make_node("MatMul", ["flat", "weight"], ["flat_mean"]),
+        helper.make_node("Reshape", ["flat_mean", "shape"], ["mean"]),
+        helper.make_node("Neg", ["mean"], ["negative"]),
+        helper.make_node("Exp", ["negative"], ["stddev"]),
+    ]
+    return model(
+        nodes,
+        {"image": image_shape},
+        {"mean": latent_shape, "stddev": latent_shape},
+        {"weight": _weight(pixels, size), "shape": np.array([-1, *latent_shape])},
+        digest,
+    )
+
+
+def decoder(image_shape: Sequence[int], latent_shape: Sequence[int], digest: str = DIGEST) -> onnx.ModelProto:
+    """Return latent -> image = sigmoid(z) with z = latent W; not a number where z^2 overflows."""
+    pixels, size = int(np.prod(image_shape)), int(np.prod(latent_shape))
+    nodes = [
+        helper.make_node("Flatten", ["latent"], ["flat"], axis=1),
+        helper.make_node("MatMul", ["flat", "weight"], ["z"]),
+        helper.make_node("Mul", ["z", "z"], ["square"]),
+        helper.make_node("Sub", ["square", "square"], ["zero"]),  # infinity - infinity
+        helper.make_node("Add", ["z", "zero"], ["same"]),
+        helper.make_node("Sigmoid", ["same"], ["squashed"]),
+        helper.make_node("Reshape", ["squashed", "shape"], ["image"]),
+    ]
+    return model(
+        nodes,
+        {"latent": latent_shape},
+        {"image": image_shape},
+        {"weight": _weight(size, pixels), "shape": np.array([-1, *image_shape])},
+        digest,
+    )
+
+
+def prior_graph(latent_shape: Sequence[int], digest: str = DIGEST) -> onnx.ModelProto:
+    """Return noise -> latent = 2 noise + 1."""
+    nodes = [
+        helper.make_node("Mul", ["noise", "two"], ["scaled"]),
+        helper.make_node("Add", ["scaled", "one"], ["latent"]),
+    ]
+    constants = {"two": np.float32(2), "one": np.float32(1)}
+    return model(nodes, {"noise": latent_shape}, {"latent": latent_shape}, constants, digest)
+
+
+def model(
+    nodes: Sequence[onnx.NodeProto],
+    inputs: Mapping[str, Sequence[int]],
+    outputs: Mapping[str, Sequence[int]],
+    constants: Mapping[str, np.generic | np.ndarray],
+    digest: str | None = DIGEST,
+) -> onnx.ModelProto:
+    """Return a checked model with a free batch axis and `digest` in its metadata."""
+    graph = helper.make_graph(
+        nodes,
+        "graph",
+        [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["N", *shape]) for name, shape in inputs.items()],
+        [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["N", *shape]) for name, shape in outputs.items()],
+        [numpy_helper.from_array(np.asarray(value), name) for name, value in constants.items()],
+    )
+    made = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
+    if digest is not None:
+        helper.set_model_props(made, {"vaeserve.digest": digest})
+    onnx.checker.check_model(made)
+    return made
+
+
+def _weight(rows: int, columns: int) -> np.ndarray:
+    random = np.random.default_rng(rows * 1009 + columns)
+    return (random.standard_normal((rows, columns)) / np.sqrt(rows)).astype(np.float32)
