@@ -9,7 +9,6 @@ import math
 
 import numpy as np
 from numpy.typing import NDArray
-
 from vaeserve.v1 import vae_pb2
 
 FLOAT32 = vae_pb2.DATA_TYPE_FLOAT32
@@ -19,12 +18,13 @@ FLOAT16 = vae_pb2.DATA_TYPE_FLOAT16
 MAX_RANK = 8
 
 # The wire is little-endian, so the dtypes say so; on a little-endian machine they are the native ones.
-_NUMPY_DTYPES: dict[int, np.dtype[np.generic]] = {
-    FLOAT32: np.dtype("<f4"),
-    UINT8: np.dtype("u1"),
-    FLOAT16: np.dtype("<f2"),
-}
-_WIRE_DTYPES = {dtype: wire for wire, dtype in _NUMPY_DTYPES.items()}
+_DTYPES: tuple[tuple[vae_pb2.DataType, np.dtype[np.generic]], ...] = (
+    (FLOAT32, np.dtype("<f4")),
+    (UINT8, np.dtype("u1")),
+    (FLOAT16, np.dtype("<f2")),
+)
+_NUMPY_DTYPES: dict[int, np.dtype[np.generic]] = dict(_DTYPES)
+_WIRE_DTYPES = {dtype: wire for wire, dtype in _DTYPES}
 
 
 class TensorError(ValueError):
@@ -40,7 +40,7 @@ def numpy_dtype(wire_dtype: int) -> np.dtype[np.generic]:
     try:
         return _NUMPY_DTYPES[wire_dtype]
     except KeyError:
-        known = ", ".join(vae_pb2.DataType.Name(value) for value in _NUMPY_DTYPES)
+        known = ", ".join(vae_pb2.DataType.Name(wire) for wire, _ in _DTYPES)
         raise TensorError("dtype", f"dtype {wire_dtype} is not one of {known}") from None
 
 
