@@ -17,6 +17,9 @@ from torch import Tensor, nn
 from vaeserve_training.config import ModelConfig, TrainConfig, check_image_shape
 
 LOG_VARIANCE_RANGE = (-14.0, 6.0)  # before exp: stddev from 9e-4 to 20, so no input overflows
+# A decoder in float32 is only as exact as its largest intermediate value: at latents of 1000, PyTorch is 2e-4 away from
+# its own float64 result, and at 1e38 it gives NaN. N(0, 1) leaves this range once in 10^22 draws.
+LATENT_RANGE = (-10.0, 10.0)
 PIXEL_MEAN_RANGE = (1e-3, 1 - 1e-3)
 INITIAL_SIGMA = 0.3  # about the standard deviation of natural pixels on the 0..1 scale
 
@@ -73,8 +76,8 @@ class Decoder(nn.Module):
         self.output_bias = nn.Parameter(_initial_bias(image_shape, pixel_mean))
 
     def logits(self, latent: Tensor) -> Tensor:
-        """Return the image before its sigmoid, (N, C, H, W)."""
-        body: Tensor = self.body(latent)
+        """Return the image before its sigmoid, (N, C, H, W). Latents are clamped to LATENT_RANGE."""
+        body: Tensor = self.body(latent.clamp(*LATENT_RANGE))
         return body + self.output_bias
 
     def forward(self, latent: Tensor) -> Tensor:
