@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any
 from vaeserve._version import __version__
 
 if TYPE_CHECKING:
-    from vaeserve._channel import TLS
     from vaeserve._results import Encoding, ModelInfo, ModelRef, Samples
+    from vaeserve._settings import TLS
     from vaeserve.aio import AsyncClient
     from vaeserve.client import Client
     from vaeserve.errors import (
@@ -59,7 +59,7 @@ _ERRORS = (
     "VaeserveError",
 )
 _HOMES = {
-    "TLS": "vaeserve._channel",
+    "TLS": "vaeserve._settings",
     "Encoding": "vaeserve._results",
     "ModelInfo": "vaeserve._results",
     "ModelRef": "vaeserve._results",

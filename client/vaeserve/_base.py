@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from vaeserve import _calls, _channel
+from vaeserve import _calls, _settings
 from vaeserve._results import Array, ModelInfo, ModelLike, ModelRef
 from vaeserve.errors import (
     ClientClosed,
@@ -24,18 +24,18 @@ class ClientBase:
 
     def __init__(
         self,
-        target: str = _channel.DEFAULT_TARGET,
+        target: str = _settings.DEFAULT_TARGET,
         *,
         model: ModelLike = None,
-        timeout_s: float = _channel.DEFAULT_TIMEOUT_S,
+        timeout_s: float = _settings.DEFAULT_TIMEOUT_S,
         rows_per_call: int | None = None,
         calls_in_flight: int = _calls.DEFAULT_CALLS_IN_FLIGHT,
-        max_attempts: int = _channel.MAX_ATTEMPTS,
-        tls: _channel.TLS | bool = False,
+        max_attempts: int = _settings.MAX_ATTEMPTS,
+        tls: _settings.TLS | bool = False,
         token: str | None = None,
         metadata: Mapping[str, str | bytes] | Sequence[tuple[str, str | bytes]] = (),
         connections: int = 1,
-        max_message_bytes: int = _channel.MAX_MESSAGE_BYTES,
+        max_message_bytes: int = _settings.MAX_MESSAGE_BYTES,
         channel_options: Sequence[tuple[str, Any]] = (),
     ) -> None:
         """Set up a client; it connects when it is first used.
@@ -60,19 +60,19 @@ class ClientBase:
             raise invalid("rows_per_call", f"rows_per_call is {rows_per_call}; give 1 or more")
         if calls_in_flight < 1:
             raise invalid("calls_in_flight", f"calls_in_flight is {calls_in_flight}; give 1 or more")
-        self._settings = _channel.ChannelSettings(
+        self._settings = _settings.ChannelSettings(
             target=target,
-            tls=_channel.TLS() if tls is True else tls or None,
+            tls=_settings.TLS() if tls is True else tls or None,
             max_attempts=max_attempts,
             connections=connections,
             max_message_bytes=max_message_bytes,
             options=tuple(channel_options),
         )
         self._model = ModelRef.of(model)
-        self._timeout_s = _channel.check_timeout(timeout_s)
+        self._timeout_s = _settings.check_timeout(timeout_s)
         self._rows_per_call = rows_per_call
         self._calls_in_flight = calls_in_flight
-        self._metadata = _channel.call_metadata(token, metadata)
+        self._metadata = _settings.call_metadata(token, metadata)
         self._cards: dict[ModelRef, ModelInfo] = {}
         self._closed = False
         self._open()
@@ -94,7 +94,7 @@ class ClientBase:
         return _calls.bind(self._model if model is None else ModelRef.of(model), given)
 
     def _deadline_s(self, timeout_s: float | None) -> float:
-        return self._timeout_s if timeout_s is None else _channel.check_timeout(timeout_s)
+        return self._timeout_s if timeout_s is None else _settings.check_timeout(timeout_s)
 
     def _rows(self, operation: _calls.Operation[Any], info: ModelInfo, array: Array | None) -> int:
         return _calls.rows_per_call(

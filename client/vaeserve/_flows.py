@@ -121,14 +121,14 @@ class Flows(ClientBase):
             values = yield AskStream(job, fit, given)
             if values:
                 return job.operation.join(values)
-            given = ()  # no rows at all: the server has the words for that
+            given = ()
         info, array = yield from self._fit(fit, given, job.asked)
         return (yield from self._run(job, info, len(array), array))
 
     def _run(self, job: Job[_Value], info: ModelInfo, rows: int, array: Array | None) -> Flow[_Value]:
         """Make the calls; one that is enough is made without any of the machinery of many."""
-        rows_per_call = 1 if rows < 1 else self._rows(job.operation, info, array)
-        if rows <= rows_per_call and not job.progress:
+        rows_per_call = self._rows(job.operation, info, array)
+        if rows < 1 or (rows <= rows_per_call and not job.progress):  # none: the server has the words for that
             answer = yield Ask(job.operation.method, job.request(Part(0, rows, array)))
             value = job.operation.join([job.operation.result(answer)])
         else:

@@ -10,7 +10,7 @@ from typing import Self, SupportsIndex
 import numpy as np
 import numpy.typing as npt
 
-from vaeserve import _calls, _channel
+from vaeserve import _calls, _settings
 from vaeserve._asyncio import AsyncioTransport
 from vaeserve._calls import Job
 from vaeserve._inputs import ImageInput, LatentInput, as_images, as_latents
@@ -161,9 +161,9 @@ class AsyncClient(AsyncioTransport):
         """Return whether a server is there and says by the standard health service that it is serving."""
         return await self._check_health(self._deadline_s(timeout_s))
 
-    async def wait_ready(self, timeout_s: float = _channel.DEFAULT_TIMEOUT_S) -> None:
+    async def wait_ready(self, timeout_s: float = _settings.DEFAULT_TIMEOUT_S) -> None:
         """Return as soon as the server says that it is serving; DeadlineExceeded after `timeout_s`."""
-        await self._wait_ready(_channel.check_timeout(timeout_s))
+        await self._wait_ready(_settings.check_timeout(timeout_s))
 
     async def __aenter__(self) -> Self:
         return self

@@ -9,7 +9,7 @@ from typing import Self, SupportsIndex
 import numpy as np
 import numpy.typing as npt
 
-from vaeserve import _calls, _channel
+from vaeserve import _calls, _settings
 from vaeserve._blocking import BlockingTransport
 from vaeserve._calls import Job
 from vaeserve._inputs import ImageInput, LatentInput, as_images, as_latents
@@ -204,9 +204,9 @@ class Client(BlockingTransport):
         """Return whether a server is there and says by the standard health service that it is serving."""
         return self._check_health(self._deadline_s(timeout_s))
 
-    def wait_ready(self, timeout_s: float = _channel.DEFAULT_TIMEOUT_S) -> None:
+    def wait_ready(self, timeout_s: float = _settings.DEFAULT_TIMEOUT_S) -> None:
         """Return as soon as the server says that it is serving; DeadlineExceeded after `timeout_s`."""
-        self._wait_ready(_channel.check_timeout(timeout_s))
+        self._wait_ready(_settings.check_timeout(timeout_s))
 
     def __enter__(self) -> Self:
         return self

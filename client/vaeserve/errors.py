@@ -35,7 +35,8 @@ _STATUS_DETAILS_KEY = "grpc-status-details-bin"
 _CONNECTION_TROUBLE = (
     r"Connection refused",
     r"Domain name not found",
-    r"[Hh]andshake failed[^;]*",
+    r"CERTIFICATE_VERIFY_FAILED",
+    r"[Hh]andshake failed",
     r"Connection reset[^;]*",
     r"Socket closed|End of TCP stream",
     r"(?:errors resolving|DNS resolution failed|[Ff]ailed to connect)[^;]*",
