@@ -184,11 +184,20 @@ def restore(path: Path, *, vae: Vae, ema: Vae | None, optimiser: torch.optim.Opt
         raise CheckpointError(_damaged(path / OPTIMISER, error)) from error
 
 
-def _load_weights(module: nn.Module, path: Path) -> None:
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """Return the tensors of a safetensors file by name; CheckpointError if it is missing or damaged."""
     try:
-        weights: dict[str, Tensor] = safetensors.torch.load(_read(path))
+        tensors: dict[str, Tensor] = safetensors.torch.load(_read(path))
+    except SafetensorError as error:
+        raise CheckpointError(_damaged(path, error)) from error
+    return tensors
+
+
+def _load_weights(module: nn.Module, path: Path) -> None:
+    weights = read_weights(path)
+    try:
         module.load_state_dict(weights)
-    except (SafetensorError, RuntimeError) as error:
+    except RuntimeError as error:
         raise CheckpointError(_damaged(path, error)) from error
 
 

@@ -105,7 +105,7 @@ class Trainer:
             self._step(batches[step_in_epoch], step_in_epoch)
             self.progress = Progress(epoch, step_in_epoch + 1, self.progress.step + 1)
             if self.device.type == "cpu" or self.progress.step % _CHECK_STEPS_ON_GPU == 0:
-                self._check_finite()
+                self._require_finite(*self.totals.tolist())
             bar.advance()
         return True
 
@@ -133,11 +133,12 @@ class Trainer:
 
     def finish_epoch(self, seconds: float) -> metrics.Record:
         """Evaluate, record and publish the epoch that has just ended; return its record."""
-        self._check_finite()
+        self._require_finite_state()
         if self.config.objective.likelihood == "gaussian" and self.config.objective.sigma == "optimal":
             self._set_sigma(optimal_sigma(self.averaged, self.data.train[:SIGMA_IMAGES]))
         self.progress = Progress(self.progress.epoch + 1, 0, self.progress.step)
         record = self._record(seconds)
+        self._require_finite(*record.values())
         # The record first: see metrics.py.
         metrics.append(self.run_dir / metrics.FILE, record)
         self.totals.zero_()
@@ -148,7 +149,7 @@ class Trainer:
         """Publish a checkpoint of this moment, unless there is one."""
         if checkpoint.latest_position(self.run_dir) == (self.progress.epoch, self.progress.step_in_epoch):
             return
-        self._check_finite()
+        self._require_finite_state()
         checkpoint.save(
             self.run_dir,
             config=self.config,
@@ -190,14 +191,19 @@ class Trainer:
             if module.log_sigma is not None:
                 module.log_sigma.fill_(math.log(sigma))
 
-    def _check_finite(self) -> None:
-        """Raise DivergedError unless all sums of the epoch, and so all figures in them, are finite."""
-        if all(math.isfinite(total) for total in self.totals.tolist()):
+    def _require_finite_state(self) -> None:
+        weights = torch.stack([tensor.detach().sum() for tensor in self.vae.parameters()])
+        self._require_finite(*self.totals.tolist(), *weights.tolist())
+
+    def _require_finite(self, *figures: float) -> None:
+        """Raise DivergedError unless all figures are finite; a sum is not if one of its terms is not."""
+        if all(math.isfinite(figure) for figure in figures):
             return
+        epoch = math.ceil(self.progress.step / self.steps_per_epoch)
         newest = checkpoint.latest(self.run_dir)
         kept = "no checkpoint was made yet" if newest is None else f"the last good checkpoint is {newest}"
         raise DivergedError(
-            f"the loss or its gradient became infinite or not a number in epoch {self.progress.epoch + 1}, by step "
-            f"{self.progress.step}; {kept}. Lower optimiser.learning_rate ({self.config.optimiser.learning_rate:g}) or "
+            f"the loss or its gradient became infinite or not a number in epoch {epoch}, by step {self.progress.step}; "
+            f"{kept}. Lower optimiser.learning_rate ({self.config.optimiser.learning_rate:g}) or "
             "optimiser.max_grad_norm, or raise optimiser.warmup_steps, and train in another run folder"
         )

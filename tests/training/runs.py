@@ -1,0 +1,64 @@
+"""Tiny runs for the tests of training, and a program that trains one and kills itself on the way.
+
+    python runs.py RUN_DIR KILL_AT
+
+KILL_AT is `calls:N` (the N-th function call, wherever that is) or `fsync:N`, `rename:N` (inside writing a checkpoint).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from vaeserve_training.config import TrainConfig
+from vaeserve_training.data import ImageData
+from vaeserve_training.fit import fit
+
+
+def tiny_config(**sections: dict[str, Any]) -> TrainConfig:
+    """A model of a few hundred weights; 4 epochs of 7 steps, the last of each a smaller batch."""
+    tiny: dict[str, dict[str, Any]] = {
+        "data": {"image_shape": (1, 4, 4)},
+        "model": {"channels": (3,), "hidden": (8,), "latent_size": 2},
+        "optimiser": {"epochs": 4, "batch_size": 16, "warmup_steps": 5, "ema_decay": 0.9},
+        "objective": {},
+        "run": {"threads": 1, "device": "cpu", "monitor_images": 10},
+    }
+    return TrainConfig().with_changes(**{name: values | sections.get(name, {}) for name, values in tiny.items()})
+
+
+def tiny_data(shape: tuple[int, int, int] = (1, 4, 4), seed: int = 0) -> ImageData:
+    """100 training and 30 test images of noise, brighter in the middle rows."""
+    rng = np.random.default_rng(seed)
+    images = (rng.random((130, *shape)) * np.linspace(60, 255, shape[1])[:, None]).astype(np.uint8)
+    train, test = images[:100], images[100:]
+    return ImageData("tiny", train, test, None, None, binarised=False, sha256=hashlib.sha256(train).hexdigest())
+
+
+class Killer:
+    """Counts events of the interpreter's profiler and ends the process with SIGKILL at one of them."""
+
+    def __init__(self, kill_at: str) -> None:
+        self.kind, number = kill_at.split(":")
+        self.left = int(number)
+        self.seen = 0
+
+    def __call__(self, _frame: object, event: str, argument: Any) -> None:
+        if event not in {"call", "c_call"}:
+            return
+        if self.kind != "calls" and getattr(argument, "__name__", "") != self.kind:
+            return
+        self.seen += 1
+        self.left -= 1
+        if not self.left:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+if __name__ == "__main__":
+    sys.setprofile(Killer(sys.argv[2]))
+    fit(tiny_config(), Path(sys.argv[1]), resume=True, data=tiny_data())

@@ -1,0 +1,310 @@
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import runs
+import torch
+from runs import Killer, tiny_config, tiny_data
+from vaeserve_training import checkpoint, metrics
+from vaeserve_training.config import TrainConfig
+from vaeserve_training.evaluate import optimal_sigma
+from vaeserve_training.fit import InterruptedTrainingError, fit
+from vaeserve_training.models import INITIAL_SIGMA
+from vaeserve_training.trainer import DivergedError, FitError, Trainer
+
+
+def everything(path: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a checkpoint: weights, averaged weights, optimiser state."""
+    header = checkpoint.read_header(path)
+    tensors: dict[str, torch.Tensor] = {}
+    for file in (checkpoint.WEIGHTS, checkpoint.EMA):
+        for name, tensor in checkpoint.read_weights(path / file).items():
+            tensors[f"{file}/{name}"] = tensor
+    state = torch.load(path / checkpoint.OPTIMISER, weights_only=True)["state"]
+    for index, values in state.items():
+        for name, tensor in values.items():
+            tensors[f"optimiser/{index}/{name}"] = tensor
+    assert header.progress.epoch == header.config.optimiser.epochs
+    return tensors
+
+
+def assert_same_run(one: Path, other: Path) -> None:
+    first, second = everything(one), everything(other)
+    assert first.keys() == second.keys()
+    assert len(first) > 20
+    for name, tensor in first.items():
+        assert torch.equal(tensor, second[name]), name
+    assert records(one) == records(other)
+
+
+def records(path: Path) -> list[metrics.Record]:
+    """The run's records without the seconds they took."""
+    found = metrics.read(path.parent.parent / metrics.FILE)
+    return [{key: value for key, value in record.items() if key != "seconds"} for record in found]
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, int]:
+    """A run that was never interrupted, and how many function calls it took."""
+    killer = Killer("calls:-1")
+    sys.setprofile(killer)
+    try:
+        path = fit(tiny_config(), tmp_path_factory.mktemp("reference"), data=tiny_data())
+    finally:
+        sys.setprofile(None)
+    return path, killer.seen
+
+
+def kill(run_dir: Path, kill_at: str) -> None:
+    """Train in another process until it kills itself; whatever it leaves must be a state to go on from."""
+    command = [sys.executable, runs.__file__, str(run_dir), kill_at]
+    finished = subprocess.run(command, capture_output=True, timeout=100, check=False)
+    assert finished.returncode == -signal.SIGKILL, finished.stderr.decode()
+    for path in checkpoint.all_of(run_dir):
+        checkpoint.load(path)
+
+
+def test_a_run_killed_at_random_moments_ends_with_the_same_weights(tmp_path: Path, reference: tuple[Path, int]) -> None:
+    uninterrupted, calls = reference
+    rng = random.Random(20)
+    for _ in range(3):
+        kill(tmp_path, f"calls:{rng.randint(calls // 20, calls // 4)}")
+    assert_same_run(fit(tiny_config(), tmp_path, resume=True, data=tiny_data()), uninterrupted)
+
+
+@pytest.mark.parametrize("kill_at", ["fsync:9", "rename:3"])
+def test_a_run_killed_while_it_publishes_ends_with_the_same_weights(
+    tmp_path: Path, reference: tuple[Path, int], kill_at: str
+) -> None:
+    kill(tmp_path, kill_at)
+    path = fit(tiny_config(), tmp_path, resume=True, data=tiny_data())
+    assert_same_run(path, reference[0])
+    assert sorted(entry.name for entry in path.parent.iterdir()) == ["epoch-0003", "epoch-0004"]
+
+
+def at_step(monkeypatch: pytest.MonkeyPatch, step: int, act: Callable[[Trainer], None]) -> None:
+    """Let `act` happen right after that step (from 1) of the next run."""
+    take_step = Trainer._step
+
+    def step_and_act(trainer: Trainer, batch: torch.Tensor, step_in_epoch: int) -> None:
+        take_step(trainer, batch, step_in_epoch)
+        if trainer.progress.step + 1 == step:
+            act(trainer)
+
+    monkeypatch.setattr(Trainer, "_step", step_and_act)
+
+
+def press_ctrl_c(_trainer: Trainer) -> None:
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+@pytest.mark.parametrize("step", [3, 14, 20])
+def test_ctrl_c_saves_that_very_step_and_the_run_goes_on_exactly(
+    tmp_path: Path, reference: tuple[Path, int], monkeypatch: pytest.MonkeyPatch, step: int
+) -> None:
+    before = signal.getsignal(signal.SIGINT)
+    with monkeypatch.context() as patched:
+        at_step(patched, step, press_ctrl_c)
+        with pytest.raises(InterruptedTrainingError) as caught:
+            fit(tiny_config(), tmp_path, data=tiny_data())
+    assert signal.getsignal(signal.SIGINT) is before
+    assert caught.value.checkpoint is not None
+    assert checkpoint.read_header(caught.value.checkpoint).progress.step == step
+    assert_same_run(fit(tiny_config(), tmp_path, resume=True, data=tiny_data()), reference[0])
+
+
+def test_a_second_ctrl_c_stops_at_once_and_keeps_the_last_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def press_twice(_trainer: Trainer) -> None:
+        press_ctrl_c(_trainer)
+        press_ctrl_c(_trainer)
+
+    at_step(monkeypatch, 10, press_twice)
+    with pytest.raises(KeyboardInterrupt) as caught:
+        fit(tiny_config(), tmp_path, data=tiny_data())
+    assert not isinstance(caught.value, InterruptedTrainingError)
+    assert [path.name for path in checkpoint.all_of(tmp_path)] == ["epoch-0001"]
+
+
+def test_training_works_outside_the_main_thread(tmp_path: Path, reference: tuple[Path, int]) -> None:
+    paths: list[Path] = []
+    thread = threading.Thread(target=lambda: paths.append(fit(tiny_config(), tmp_path, data=tiny_data())))
+    thread.start()
+    thread.join()
+    assert_same_run(paths[0], reference[0])
+
+
+def test_another_seed_gives_another_run(tmp_path: Path, reference: tuple[Path, int]) -> None:
+    other = everything(fit(tiny_config(run={"seed": 1}), tmp_path, data=tiny_data()))
+    name = f"{checkpoint.WEIGHTS}/encoder.head.weight"
+    assert not torch.equal(other[name], everything(reference[0])[name])
+
+
+def test_resuming_a_finished_run_changes_nothing_and_needs_no_data(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = fit(tiny_config(), tmp_path, data=tiny_data())
+    before = {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
+    monkeypatch.setattr("vaeserve_training.fit.load", None)
+    assert fit(tiny_config(), tmp_path, resume=True) == path
+    assert {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()} == before
+
+
+def test_a_folder_with_a_run_is_not_overwritten(tmp_path: Path) -> None:
+    fit(tiny_config(), tmp_path, data=tiny_data())
+    with pytest.raises(FitError, match=r"holds a run already \(epoch-0004\)"):
+        fit(tiny_config(), tmp_path, data=tiny_data())
+
+
+@pytest.mark.parametrize(
+    ("change", "field"),
+    [
+        ({"optimiser": {"epochs": 5}}, "optimiser.epochs (the learning rate's schedule is laid out over all epochs)"),
+        ({"optimiser": {"learning_rate": 1e-4}}, "optimiser.learning_rate"),
+        ({"objective": {"beta": 2.0}}, "objective.beta"),
+        ({"run": {"seed": 3}}, "run.seed"),
+    ],
+)
+def test_resuming_under_another_configuration_names_the_field(
+    tmp_path: Path, change: dict[str, dict[str, object]], field: str
+) -> None:
+    path = fit(tiny_config(), tmp_path, data=tiny_data())
+    with pytest.raises(FitError) as caught:
+        fit(tiny_config(**change), tmp_path, resume=True, data=tiny_data())
+    assert f"differs in {field};" in str(caught.value)
+    assert str(path) in str(caught.value)
+
+
+def test_resuming_on_other_images_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patched:
+        at_step(patched, 3, press_ctrl_c)
+        with pytest.raises(InterruptedTrainingError):
+            fit(tiny_config(), tmp_path, data=tiny_data())
+    with pytest.raises(FitError, match="SHA-256"):
+        fit(tiny_config(), tmp_path, resume=True, data=tiny_data(seed=1))
+
+
+def test_resuming_elsewhere_warns_that_it_is_not_exact(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    with monkeypatch.context() as patched:
+        at_step(patched, 3, press_ctrl_c)
+        with pytest.raises(InterruptedTrainingError) as caught:
+            fit(tiny_config(), tmp_path, data=tiny_data())
+    assert caught.value.checkpoint is not None
+    record = caught.value.checkpoint / checkpoint.PROGRESS
+    content = json.loads(record.read_text())
+    content["environment"]["threads"] = "64"
+    record.write_text(json.dumps(content))
+    caplog.clear()
+    fit(tiny_config(), tmp_path, resume=True, data=tiny_data())
+    assert "threads was 64, is 1" in caplog.text
+
+
+def poison(trainer: Trainer) -> None:
+    with torch.no_grad():
+        trainer.vae.decoder.output_bias[0, 0, 0] = float("nan")
+
+
+def test_a_loss_that_is_not_a_number_stops_and_keeps_the_last_good_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    at_step(monkeypatch, 16, poison)
+    with pytest.raises(DivergedError) as caught:
+        fit(tiny_config(), tmp_path, data=tiny_data())
+    assert "epoch 3, by step 17" in str(caught.value)
+    assert str(checkpoint.latest(tmp_path)) in str(caught.value)
+    kept = checkpoint.load(tmp_path)
+    assert kept.progress.epoch == 2
+    assert all(torch.isfinite(tensor).all() for tensor in kept.vae.state_dict().values())
+
+
+def test_weights_poisoned_by_an_epochs_last_step_are_not_published(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    at_step(monkeypatch, 14, poison)
+    with pytest.raises(DivergedError):
+        fit(tiny_config(run={"monitor_images": 0}), tmp_path, data=tiny_data())
+    assert [path.name for path in checkpoint.all_of(tmp_path)] == ["epoch-0001"]
+
+
+def test_weights_that_spoil_held_out_images_are_not_published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def blow_up(trainer: Trainer) -> None:
+        with torch.no_grad():
+            trainer.vae.encoder.head.weight.fill_(1e38)
+
+    at_step(monkeypatch, 14, blow_up)
+    with pytest.raises(DivergedError):
+        fit(tiny_config(optimiser={"ema_decay": 0.0}), tmp_path, data=tiny_data())
+    assert [path.name for path in checkpoint.all_of(tmp_path)] == ["epoch-0001"]
+    assert [record["epoch"] for record in metrics.read(tmp_path / metrics.FILE)] == [1]
+
+
+def test_the_loss_is_distortion_plus_beta_times_rate(tmp_path: Path) -> None:
+    last = {}
+    for beta in (0.0, 1.0, 20.0):
+        path = fit(tiny_config(objective={"beta": beta}), tmp_path / str(beta), data=tiny_data())
+        last[beta] = records(path)[-1]
+        expected = last[beta]["distortion_nats"] + beta * last[beta]["rate_nats"]
+        assert last[beta]["loss"] == pytest.approx(expected, rel=1e-5)
+        assert last[beta]["neg_elbo_nats"] == last[beta]["distortion_nats"] + last[beta]["rate_nats"]
+    assert last[0.0]["rate_nats"] > last[1.0]["rate_nats"] > last[20.0]["rate_nats"]
+
+
+@pytest.mark.parametrize("sigma", ["learned", "optimal"])
+def test_a_gaussian_model_learns_its_sigma_and_saves_it(tmp_path: Path, sigma: str) -> None:
+    config = tiny_config(objective={"likelihood": "gaussian", "sigma": sigma}, optimiser={"learning_rate": 0.02})
+    path = fit(config, tmp_path, data=tiny_data())
+    record = records(path)[-1]
+    assert checkpoint.load(path).vae.sigma == record["sigma"]
+    assert record["neg_elbo_nats"] < records(path)[0]["neg_elbo_nats"]
+    best = optimal_sigma(checkpoint.load(path).vae, tiny_data().train)
+    assert record["sigma"] == pytest.approx(best, rel=1e-6 if sigma == "optimal" else 0.2)
+    assert record["sigma"] < 0.98 * INITIAL_SIGMA
+
+
+def test_mse_has_a_loss_and_no_likelihood(tmp_path: Path) -> None:
+    record = records(fit(tiny_config(objective={"likelihood": "mse"}), tmp_path, data=tiny_data()))[-1]
+    assert record["loss"] == pytest.approx(record["mean_squared_error"] + record["rate_nats"], rel=1e-5)
+    assert not {"neg_elbo_nats", "distortion_nats", "test_neg_elbo_nats"} & record.keys()
+
+
+def test_without_an_average_the_weights_themselves_are_the_model(tmp_path: Path) -> None:
+    path = fit(tiny_config(optimiser={"ema_decay": 0.0}), tmp_path, data=tiny_data())
+    assert not (path / checkpoint.EMA).exists()
+    saved = checkpoint.read_weights(path / checkpoint.WEIGHTS)
+    for name, tensor in checkpoint.load(path).vae.state_dict().items():
+        assert torch.equal(tensor, saved[name])
+
+
+def test_training_leaves_the_threads_and_the_global_generator_alone(tmp_path: Path) -> None:
+    threads, state = torch.get_num_threads(), torch.get_rng_state()
+    fit(tiny_config(), tmp_path, data=tiny_data())
+    assert torch.get_num_threads() == threads
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_the_default_model_learns_real_digits(checkpoint_dir: Path) -> None:
+    curve = [record["test_neg_elbo_nats"] for record in metrics.read(checkpoint_dir.parent.parent / metrics.FILE)]
+    assert all(later < earlier for earlier, later in pairwise(curve))
+    assert curve[-1] < 190  # independent pixels alone, the data set's mean, cost about 206 nats
+
+
+def test_colour_images_train_too(tmp_path: Path) -> None:
+    shape = (3, 8, 8)
+    config: TrainConfig = tiny_config(
+        data={"image_shape": shape}, model={"channels": (4, 4)}, objective={"likelihood": "gaussian"}
+    )
+    path = fit(config, tmp_path, data=tiny_data(shape))
+    assert records(path)[-1]["neg_elbo_nats"] < records(path)[0]["neg_elbo_nats"]
