@@ -9,7 +9,7 @@ ARGS   ?=
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help run serve test lint format protos protos-released test-protobuf7 clean
+.PHONY: help run serve test lint format protos protos-released test-protobuf7 test-compose build clean
 
 help: ## Show this list
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 18
@@ -62,6 +62,14 @@ test-protobuf7: ## The SDK alone, in an environment of its own with protobuf 7
 	@rm -rf .venv-protobuf7 && $(PYTHON) -m venv .venv-protobuf7
 	@.venv-protobuf7/bin/pip install -q . 'protobuf>=7' 'grpcio-health-checking>=1.85'
 	@.venv-protobuf7/bin/python tests/smoke_sdk.py
+
+test-compose: $(VENV)/.dev ## The containers for real: build, train, serve, call, restart, down (needs a docker engine)
+	@docker info >/dev/null && docker compose version >/dev/null || \
+	  { echo "make test-compose needs a docker engine (docker info must work) with compose v2" >&2; exit 1; }
+	@VAESERVE_TEST_COMPOSE=1 $(BIN)/python -m pytest tests/deploy/test_compose.py $(ARGS)
+
+build: $(VENV)/.dev ## Wheel and sdist into dist/
+	@$(BIN)/python -m build --no-isolation
 
 clean: ## Remove environments and caches; models/ and runs/ stay
 	@rm -rf .venv .venv-protobuf7 .mypy_cache .ruff_cache .pytest_cache .hypothesis dist build
