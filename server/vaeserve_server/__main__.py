@@ -1,4 +1,4 @@
-"""`vaeserve-server`: flags in, exit status out. Imports only the standard library, to be able to name a missing extra."""
+"""`vaeserve-server`: flags in, exit status out. Imports only the standard library, so that a missing extra is told."""
 
 from __future__ import annotations
 

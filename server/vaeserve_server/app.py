@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import signal
 import sys
+from collections.abc import Coroutine
+from typing import Any
 
 from vaeserve_server import logs, repository
 from vaeserve_server.calls import Calls
@@ -32,7 +33,8 @@ class Server:
         self.port = 0
         self._service = VaeService()
         self._health = Health([SERVICE_NAME])
-        self._transport = GrpcTransport(Calls(self._service), self._health, settings.max_message_bytes)
+        self._calls = Calls(self._service)
+        self._transport = GrpcTransport(self._calls, self._health, settings.max_message_bytes)
         self._pool: RunPool | None = None
         self._repository: Repository | None = None
         self._hurry = asyncio.Event()
@@ -52,18 +54,13 @@ class Server:
     async def stop(self) -> None:
         """Drain: say NOT_SERVING, serve on for the delay, take no more calls, let those in flight finish."""
         self._health.set_serving(False)
-        with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._hurry.wait(), self.settings.drain_delay_s)
+        await self._unless_hurried(asyncio.sleep(self.settings.drain_delay_s), None)
         self._service.drain()
-        stopping = asyncio.create_task(self._transport.stop(self.settings.drain_s))
-        hurrying = asyncio.create_task(self._hurry.wait())
-        await asyncio.wait({stopping, hurrying}, return_when=asyncio.FIRST_COMPLETED)
-        if not stopping.done():
-            await self._transport.stop(0)
-        hurrying.cancel()
-        await stopping
+        self._transport.refuse()
+        await self._unless_hurried(self._calls.wait_idle(), self.settings.drain_s)
         if self._repository is not None:
             self._repository.close()
+        await self._transport.close()
         if self._pool is not None:
             await self._pool.close()
 
@@ -77,6 +74,12 @@ class Server:
         provider = engines[0].provider if engines else ""
         models = ", ".join(engine.label for engine in engines)
         return f"serving {models} on {address(self.settings.host, self.port)} ({provider})"
+
+    async def _unless_hurried(self, waiting: Coroutine[Any, Any, None], limit_s: float | None) -> None:
+        tasks = {asyncio.create_task(waiting), asyncio.create_task(self._hurry.wait())}
+        await asyncio.wait(tasks, timeout=limit_s, return_when=asyncio.FIRST_COMPLETED)
+        for task in tasks:
+            task.cancel()
 
     async def _load(self) -> None:
         settings = self.settings

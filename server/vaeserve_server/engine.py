@@ -131,7 +131,8 @@ class Engine:
                 f"model {self.label} has no fitted prior; sample from the standard normal", model=self.label
             )
         (latents,) = await self._prior.submit(PriorWork(count, draw, temperature, self.latent_shape), deadline)
-        return await self.decode(latents, image_dtype, deadline), latents
+        (images,) = await self._decoder.submit(DecodeWork(latents, image_dtype, "temperature"), deadline)
+        return images, latents
 
     def queued_rows(self) -> int:
         """Return the rows that wait for a run, over all graphs."""

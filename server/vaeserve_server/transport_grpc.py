@@ -18,13 +18,14 @@ from vaeserve_server.errors import ListenError
 _Context = grpc.aio.ServicerContext[Any, Any]
 _CODES = {code.value[0]: code for code in grpc.StatusCode}
 _LAST_BYTES_S = 1.0
+# grpcio 1.81 crashes if the grace of one stop() ends while another one completes, so the only grace never ends.
+_FOREVER_S = 1e6
 
 
 class GrpcTransport:
-    """One listening port. `stop` lets calls in flight finish."""
+    """One listening port: `start`, `refuse`, `close`, once each."""
 
     def __init__(self, calls: Calls, health_service: health.Health, max_message_bytes: int) -> None:
-        self._calls = calls
         self._health = health_service
         self._server = grpc.aio.server(
             options=[
@@ -49,16 +50,17 @@ class GrpcTransport:
         await self._server.start()
         return bound_port
 
-    async def stop(self, grace_s: float) -> None:
-        """Take no more calls, wait for those in flight at most `grace_s`, cut off what is left."""
+    def refuse(self) -> None:
+        """Take no more calls, and send clients elsewhere; what is in flight goes on."""
         self._health.close()
-        stopping = asyncio.create_task(self._server.stop(grace_s))
-        idle = asyncio.create_task(self._calls.wait_idle())
-        await asyncio.wait({stopping, idle}, return_when=asyncio.FIRST_COMPLETED)
-        idle.cancel()
-        # What is left are streams, which end when their client pleases, and answers that are being sent.
-        await self._server.stop(min(_LAST_BYTES_S, grace_s))
-        await stopping
+        self._stopping = asyncio.create_task(self._server.stop(_FOREVER_S))
+
+    async def close(self) -> None:
+        """After `refuse`: give answers a moment to be sent, and cut off what is left, streams above all."""
+        await asyncio.wait({self._stopping}, timeout=_LAST_BYTES_S)
+        if not self._stopping.done():
+            await self._server.stop(None)
+        await self._stopping
 
 
 def address(host: str, port: int) -> str:

@@ -62,14 +62,15 @@ class EncodeWork:
 
 
 class DecodeWork:
-    """The latents of one Decode call."""
+    """The latents of one Decode call. `field` is what a caller is to change if they are too extreme."""
 
-    __slots__ = ("_image_dtype", "_latents", "rows")
+    __slots__ = ("_field", "_image_dtype", "_latents", "rows")
 
-    def __init__(self, latents: Array, image_dtype: DType) -> None:
+    def __init__(self, latents: Array, image_dtype: DType, field: str = "latents") -> None:
         self.rows = len(latents)
         self._latents = latents
         self._image_dtype = image_dtype
+        self._field = field
 
     def write(self, start: int, stop: int, out: Floats) -> None:
         """Write the latents."""
@@ -77,7 +78,7 @@ class DecodeWork:
 
     def finish(self, start: int, batch: Floats, outputs: Sequence[Floats]) -> Outputs:
         """Return the images in the type that was asked for."""
-        return (_as_images(outputs[0], self._image_dtype, start, batch, "latents"),)
+        return (_as_images(outputs[0], self._image_dtype, start, batch, self._field),)
 
 
 class NoiseWork:
