@@ -26,7 +26,9 @@ def checkpoint_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from vaeserve_training.fit import fit
 
     config = preset("mnist").with_changes(
-        data={"dataset": "arrays", "path": MNIST_SUBSET}, optimiser={"epochs": 4, "warmup_steps": 8}
+        data={"dataset": "arrays", "path": MNIST_SUBSET},
+        optimiser={"epochs": 3, "warmup_steps": 5},
+        run={"threads": 1},
     )
     return fit(config, tmp_path_factory.mktemp("run"))
 

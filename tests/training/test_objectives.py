@@ -5,27 +5,13 @@ import math
 
 import pytest
 import torch
+from linear_gaussian import LinearDecoder, normal
 from torch import Tensor, nn
 from torch.distributions import MultivariateNormal, Normal, kl_divergence
 from vaeserve_training import objectives
 from vaeserve_training.config import preset
 from vaeserve_training.models import Vae, build
 from vaeserve_training.objectives import Observation, Posterior
-
-
-def normal(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-class LinearDecoder(nn.Module):
-    """x = W z + offset, so that p(x) is a Gaussian known in closed form."""
-
-    def __init__(self, weight: Tensor, offset: Tensor, shape: tuple[int, ...]) -> None:
-        super().__init__()
-        self.weight, self.offset, self.shape = nn.Parameter(weight), offset, shape
-
-    def forward(self, latent: Tensor) -> Tensor:
-        return (latent @ self.weight.T + self.offset).unflatten(-1, self.shape)
 
 
 def test_kl_closed_form_agrees_with_monte_carlo() -> None:
@@ -171,7 +157,7 @@ def test_with_a_wrong_posterior_the_bound_tightens_towards_the_likelihood() -> N
     weights = objectives.log_importance_weights(vae, wrong, images, noise, "gaussian").detach()
     gaps = []
     for k in (1, 10, 100):
-        bounds = torch.stack([objectives.iw_nll(group) for group in weights.split(k)])
+        bounds = objectives.iw_nll(weights.reshape(k, 40_000 // k, 4))
         gaps.append((bounds.mean(0) - nll).mean())
     assert gaps[0] > 3 * gaps[1] > 9 * gaps[2] > 0
     torch.testing.assert_close(objectives.iw_nll(weights), nll, atol=0.01, rtol=0)

@@ -13,7 +13,7 @@ from pydantic import Field
 
 from vaeserve_training import checkpoint
 from vaeserve_training.checkpoint import CheckpointError
-from vaeserve_training.commands.flags import Flags, log_to_stderr, parse, say
+from vaeserve_training.commands.flags import Flags, log_to_stderr, parse, say, with_hyphens
 from vaeserve_training.config import (
     PRESETS,
     ConfigError,
@@ -79,10 +79,10 @@ def _starting_point(arguments: Sequence[str]) -> dict[str, dict[str, Any]]:
     """Return the configuration, as sections, that the other flags change."""
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     for name in ("--preset", "--config", "--run-dir"):
-        early.add_argument(name, name.replace("-", "_").replace("__", "--", 1))
+        early.add_argument(name)
     early.add_argument("--resume", action="store_true")
     try:
-        known, _ = early.parse_known_args(list(arguments))
+        known, _ = early.parse_known_args([with_hyphens(argument) for argument in arguments])
     except argparse.ArgumentError as error:
         raise ConfigError(str(error)) from None
     if known.resume and known.run_dir and not known.preset and not known.config:

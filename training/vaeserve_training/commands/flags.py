@@ -49,7 +49,7 @@ def parse(flags: type[FlagsType], command: str, arguments: Sequence[str], **defa
 
     `--help` prints and leaves by SystemExit. Raises ConfigError naming each wrong flag.
     """
-    spelled = [_with_hyphens(argument) for argument in arguments]
+    spelled = [with_hyphens(argument) for argument in arguments]
     try:
         # pydantic-settings' own options; as plain keywords they are no fields that a type checker knows.
         options: dict[str, Any] = {"_cli_parse_args": spelled, "_cli_prog_name": f"vaeserve-train {command}"}
@@ -75,7 +75,7 @@ def say(line: str) -> None:
     sys.stdout.write(f"{line}\n")
 
 
-def _with_hyphens(argument: str) -> str:
+def with_hyphens(argument: str) -> str:
     """Let `--run_dir` stand for `--run-dir`, since messages and files spell fields with underscores."""
     name, equals, value = argument.partition("=")
     return name.replace("_", "-") + equals + value if name.startswith("--") else argument
