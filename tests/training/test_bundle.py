@@ -10,7 +10,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from google.protobuf import json_format
 from numpy.typing import NDArray
 from vaeserve.v1 import vae_pb2
 from vaeserve_training import atomic, bundle
@@ -47,7 +46,7 @@ def test_a_bundle_holds_its_graphs_and_a_card_that_names_them(tmp_path: Path) ->
     assert path == tmp_path / "models" / "mnist" / "1"
     found = contents(path)
     assert found.keys() == {*GRAPHS, bundle.CARD_FILE}
-    read = json_format.Parse(found[bundle.CARD_FILE], vae_pb2.ModelCard())
+    read = bundle.read_card(path)
     assert (read.name, read.version) == ("mnist", "1")
     assert {graph.file: graph.sha256 for graph in read.graphs} == {
         name: hashlib.sha256(content).hexdigest() for name, content in GRAPHS.items()

@@ -122,5 +122,10 @@ def card_json(card: vae_pb2.ModelCard) -> bytes:
     return text.encode() + b"\n"
 
 
+def read_card(folder: Path) -> vae_pb2.ModelCard:
+    """Return the card of a published bundle."""
+    return json_format.Parse((folder / CARD_FILE).read_bytes(), vae_pb2.ModelCard())
+
+
 def _canonical_line(value: Mapping[str, object]) -> bytes:
     return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False).encode() + b"\n"
