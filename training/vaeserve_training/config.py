@@ -85,7 +85,7 @@ class OptimiserConfig(Section):
 
     algorithm: Literal["adamw", "adam"] = "adamw"
     """The optimiser."""
-    epochs: Positive = 11
+    epochs: Positive = 9
     """Passes over the training images."""
     batch_size: Positive = 128
     """Images per step."""
