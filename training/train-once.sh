@@ -12,6 +12,7 @@ for card in "$models"/*/*/model.json; do
   fi
 done
 
+echo "no model in $models: training the default one, which takes minutes"
 vaeserve-train fit --preset mnist --run-dir "$run" --resume "$@"
 vaeserve-train evaluate --run-dir "$run"
 vaeserve-train export --run-dir "$run" --models "$models" --name mnist
