@@ -1,0 +1,145 @@
+"""gRPC's wire format over HTTP/2: frames, timeouts, status and metadata, with no transport and no waiting.
+
+The rules are those of gRPC's PROTOCOL-HTTP2 document. grpcio has them inside its core; a transport that gets plain
+HTTP/2 streams has them from here.
+"""
+
+from __future__ import annotations
+
+import base64
+import struct
+import zlib
+from collections.abc import Iterable
+from typing import NamedTuple
+from urllib.parse import quote
+
+from google.rpc import code_pb2
+
+Headers = list[tuple[bytes, bytes]]
+
+_PREFIX = struct.Struct(">BI")  # compressed or not, length of the message
+_PREFIX_BYTES = _PREFIX.size
+_TIMEOUT_UNITS = {b"H": 3600.0, b"M": 60.0, b"S": 1.0, b"m": 1e-3, b"u": 1e-6, b"n": 1e-9}
+_TIMEOUT_DIGITS = 8
+_ZLIB_FORMATS = {b"gzip": 16 + zlib.MAX_WBITS, b"deflate": zlib.MAX_WBITS}
+ACCEPTED_ENCODINGS = b"identity, deflate, gzip"
+_PLAIN = "".join(chr(c) for c in range(0x20, 0x7F) if c != ord("%"))
+
+
+class WireError(Exception):
+    """The caller broke the protocol, or a limit of it. `code` is google.rpc.Code's."""
+
+    def __init__(self, code: int, message: str) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+class Frame(NamedTuple):
+    """One message as it was sent."""
+
+    compressed: bool
+    data: bytes
+
+
+class Deframer:
+    """Cuts a request's bytes into messages, however the network cut them."""
+
+    def __init__(self, max_message_bytes: int) -> None:
+        self._max_message_bytes = max_message_bytes
+        self._chunks: list[bytes] = []
+        self._bytes = 0
+        self._needed = _PREFIX_BYTES
+
+    def feed(self, chunk: bytes) -> list[Frame]:
+        """Return the messages that `chunk` completes; WireError as soon as one claims to be too long."""
+        self._chunks.append(chunk)
+        self._bytes += len(chunk)
+        frames: list[Frame] = []
+        while self._bytes >= self._needed:
+            buffered = b"".join(self._chunks) if len(self._chunks) > 1 else self._chunks[0]
+            compressed, length = _PREFIX.unpack_from(buffered)
+            self._check(compressed, length)
+            self._needed = _PREFIX_BYTES + length
+            if len(buffered) >= self._needed:
+                frames.append(Frame(bool(compressed), buffered[_PREFIX_BYTES : self._needed]))
+                buffered = buffered[self._needed :]
+                self._needed = _PREFIX_BYTES
+            self._chunks, self._bytes = [buffered], len(buffered)
+        return frames
+
+    def finish(self) -> None:
+        """Check that the request did not end inside a message."""
+        if self._bytes:
+            raise WireError(
+                code_pb2.INTERNAL, f"the request ended after {self._bytes} of the {self._needed} bytes of a message"
+            )
+
+    def _check(self, compressed: int, length: int) -> None:
+        if compressed > 1:
+            raise WireError(
+                code_pb2.INTERNAL, f"a message's first byte is {compressed}; it says compressed (1) or not (0)"
+            )
+        if length > self._max_message_bytes:
+            raise too_large(length, self._max_message_bytes)
+
+
+def too_large(given_bytes: int, max_message_bytes: int) -> WireError:
+    """Return the refusal of a message over the limit."""
+    return WireError(
+        code_pb2.RESOURCE_EXHAUSTED, f"Received message larger than max ({given_bytes} vs. {max_message_bytes})"
+    )
+
+
+def frame(message: bytes) -> bytes:
+    """Return one uncompressed message with its prefix."""
+    return _PREFIX.pack(0, len(message)) + message
+
+
+def check_encoding(encoding: bytes) -> None:
+    """Raise WireError for a `grpc-encoding` that this server cannot undo."""
+    if encoding not in _ZLIB_FORMATS and encoding != b"identity":
+        raise WireError(
+            code_pb2.UNIMPLEMENTED,
+            f"grpc-encoding {encoding.decode('ascii', 'replace')} is not taken; use {ACCEPTED_ENCODINGS.decode()}",
+        )
+
+
+def decompress(data: bytes, encoding: bytes, max_message_bytes: int) -> bytes:
+    """Return the message, never more than the limit of it whatever `data` says; WireError if it cannot be had."""
+    if encoding not in _ZLIB_FORMATS:
+        raise WireError(code_pb2.INTERNAL, "a message is compressed but the call names no grpc-encoding")
+    stream = zlib.decompressobj(_ZLIB_FORMATS[encoding])
+    try:
+        message = stream.decompress(data, max_message_bytes + 1)
+    except zlib.error:
+        raise WireError(code_pb2.INTERNAL, f"a message is not {encoding.decode()} data") from None
+    if len(message) > max_message_bytes:
+        raise WireError(
+            code_pb2.RESOURCE_EXHAUSTED,
+            f"Received message larger than max (more than {max_message_bytes} uncompressed)",
+        )
+    if not stream.eof:
+        raise WireError(code_pb2.INTERNAL, f"a message's {encoding.decode()} data ends too early")
+    return message
+
+
+def timeout_s(value: bytes) -> float:
+    """Return a `grpc-timeout` in seconds; WireError if it is none."""
+    number, unit = value[:-1], value[-1:]
+    if unit not in _TIMEOUT_UNITS or not number.isdigit() or len(number) > _TIMEOUT_DIGITS:
+        raise WireError(
+            code_pb2.INTERNAL, "grpc-timeout is not a number of at most 8 digits and one of H, M, S, m, u, n"
+        )
+    return int(number) * _TIMEOUT_UNITS[unit]
+
+
+def status_headers(code: int, message: str, metadata: Iterable[tuple[str, str | bytes]]) -> Headers:
+    """Return status and metadata as they stand in trailers."""
+    headers: Headers = [(b"grpc-status", b"%d" % code)]
+    if message:
+        headers.append((b"grpc-message", quote(message, safe=_PLAIN).encode("ascii")))
+    for key, value in metadata:
+        # Values of -bin keys are bytes, without padding; the others' are ASCII.
+        encoded = base64.b64encode(value).rstrip(b"=") if isinstance(value, bytes) else value.encode("ascii")
+        headers.append((key.encode("ascii"), encoded))
+    return headers
