@@ -1,64 +1,76 @@
-"""A real server in this process: the asyncio one, on a port of its own, in a thread of its own."""
+"""A real server in this process: the asyncio one, on a port of its own, in a loop that all such servers share.
+
+One loop for all, because grpcio's asyncio side is one per process and complains of a loop that was closed.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from vaeserve_server.app import Server
 from vaeserve_server.settings import Settings
 
-_START_S = 30.0
+_T = TypeVar("_T")
+_LIMIT_S = 60.0
+
+
+@functools.cache
+def _loop() -> asyncio.AbstractEventLoop:
+    loop = asyncio.new_event_loop()
+    threading.Thread(target=loop.run_forever, name="servers", daemon=True).start()
+    return loop
+
+
+def _in_loop(coroutine: Coroutine[Any, Any, _T]) -> _T:
+    return asyncio.run_coroutine_threadsafe(asyncio.wait_for(coroutine, _LIMIT_S), _loop()).result()
 
 
 class RunningServer:
     """What a test may know of a server: its `target` for clients, its `settings`, and the `server` itself."""
 
     def __init__(self, settings: Settings) -> None:
+        """Start it; what `Server.start` raises is raised here."""
         self.settings = settings
-        self.target = ""
-        self._started: asyncio.Event | None = None
-        self._ready = threading.Event()
-        self._failure: BaseException | None = None
-        self._thread = threading.Thread(target=lambda: asyncio.run(self._live()), name="server")
+        self.server = _in_loop(self._start())
+        self.target = f"{settings.host}:{self.server.port}"
 
-    def __enter__(self) -> RunningServer:
-        self._thread.start()
-        assert self._ready.wait(_START_S), "the server did not start in time"
-        if self._failure is not None:
-            self._thread.join()
-            raise self._failure
-        return self
+    def stop(self) -> None:
+        """Drain it."""
+        _in_loop(self.server.stop())
 
-    def __exit__(self, *exception: object) -> None:
-        self.loop.call_soon_threadsafe(self._stopping.set)
-        self._thread.join()
+    def until(self, condition: Callable[[Server], bool]) -> None:
+        """Wait until `condition` of the server holds, looked at between any two turns of its loop."""
 
-    async def _live(self) -> None:
-        self.loop = asyncio.get_running_loop()
-        self._stopping = asyncio.Event()
-        self.server = Server(self.settings)
-        try:
-            await self.server.start()
-        except BaseException as error:  # noqa: BLE001 - it is the test's to see
-            self._failure = error
-            return
-        finally:
-            if self._failure is not None:
-                self._ready.set()
-        self.target = f"{self.settings.host}:{self.server.port}"
-        self._ready.set()
-        await self._stopping.wait()
-        await self.server.stop()
+        async def look() -> None:
+            while not condition(self.server):  # noqa: ASYNC110 - there is no event for all that a test may ask
+                await asyncio.sleep(0)
+
+        _in_loop(look())
+
+    async def _start(self) -> Server:
+        server = Server(self.settings)
+        await server.start()
+        return server
+
+
+def queued_rows(server: Server) -> int:
+    """Return the rows that wait in all queues of a started server."""
+    assert server.repository is not None
+    return sum(engine.queued_rows() for engine in server.repository.engines)
 
 
 @contextlib.contextmanager
 def running_server(models_dir: Path, **settings: Any) -> Iterator[RunningServer]:
     """Serve `models_dir` on a free port of 127.0.0.1 with these settings, and drain at the end."""
     chosen = {"port": 0, "device": "cpu", "drain_s": 10.0, **settings}
-    with RunningServer(Settings(models=models_dir, **chosen)) as server:
+    server = RunningServer(Settings(models=models_dir, **chosen))
+    try:
         yield server
+    finally:
+        server.stop()

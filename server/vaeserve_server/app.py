@@ -36,7 +36,7 @@ class Server:
         self._calls = Calls(self._service)
         self._transport = GrpcTransport(self._calls, self._health, settings.max_message_bytes)
         self._pool: RunPool | None = None
-        self._repository: Repository | None = None
+        self.repository: Repository | None = None
         self._hurry = asyncio.Event()
 
     async def start(self) -> None:
@@ -58,8 +58,8 @@ class Server:
         self._service.drain()
         self._transport.refuse()
         await self._unless_hurried(self._calls.wait_idle(), self.settings.drain_s)
-        if self._repository is not None:
-            self._repository.close()
+        if self.repository is not None:
+            self.repository.close()
         await self._transport.close()
         if self._pool is not None:
             await self._pool.close()
@@ -70,7 +70,7 @@ class Server:
 
     def ready_line(self) -> str:
         """Return what is served where, for people and scripts that wait for it."""
-        engines = self._repository.engines if self._repository else []
+        engines = self.repository.engines if self.repository else []
         provider = engines[0].provider if engines else ""
         models = ", ".join(engine.label for engine in engines)
         return f"serving {models} on {address(self.settings.host, self.port)} ({provider})"
@@ -93,10 +93,10 @@ class Server:
             batch_wait_s=settings.batch_wait_us * 1e-6,
         )
         self._pool = RunPool(threads)
-        self._repository = await asyncio.to_thread(
+        self.repository = await asyncio.to_thread(
             repository.load, settings.models, settings.versions, runtime, self._pool, limits
         )
-        self._service.open(self._repository, runtime)
+        self._service.open(self.repository, runtime)
 
 
 def run(settings: Settings) -> int:

@@ -55,7 +55,7 @@ class Engine:
         self.image_shape = tuple(self.card.image_shape)
         self.latent_shape = tuple(self.card.latent_shape)
         self.max_rows_per_call = _max_rows(self, limits)
-        graphs = {role: _load(bundle, role, runtime) for role in bundle.graphs}
+        self._graphs = graphs = {role: _load(bundle, role, runtime) for role in bundle.graphs}
         self.provider = graphs[ENCODER].provider
         batch_rows = limits.max_batch_rows or _BATCH_ROWS.get(self.provider, _BATCH_ROWS_CPU)
         for role, graph in graphs.items():
@@ -139,9 +139,11 @@ class Engine:
         return sum(batcher.queued_rows for batcher in self._batchers.values())
 
     def close(self) -> None:
-        """Refuse what still waits."""
+        """Refuse what still waits, and break off what still runs."""
         for batcher in self._batchers.values():
             batcher.close()
+        for graph in self._graphs.values():
+            graph.stop()
 
     def _check_rows(self, field: str, rows: Array, row_shape: tuple[int, ...], dtypes: Sequence[DType]) -> None:
         if rows.shape[1:] != row_shape:

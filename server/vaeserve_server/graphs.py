@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vaeserve_server.bundle import Port
-from vaeserve_server.errors import DeviceError, GraphLoadError, GraphRunError
+from vaeserve_server.errors import DeviceError, GraphLoadError, GraphRunError, NotServingError
 
 # Version 1.29 and later report to their makers by default and keep a database in the user's cache.
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
@@ -39,10 +39,12 @@ _INSTALL = 'install "vaeserve[server,cuda]" and an NVIDIA driver that goes with 
 
 
 class Graph:
-    """One loaded graph. `run` may be called from several threads at once."""
+    """One loaded graph. `run` may be called from several threads at once, and `stop` from any."""
 
     def __init__(self, session: onnxruntime.InferenceSession) -> None:
         self._session = session
+        self._run_options = onnxruntime.RunOptions()
+        self._run_options.log_severity_level = _FATAL
         self.provider: str = session.get_providers()[0]
         self.metadata: Mapping[str, str] = session.get_modelmeta().custom_metadata_map
         self.inputs = [_port(value) for value in session.get_inputs()]
@@ -53,10 +55,18 @@ class Graph:
     def run(self, batch: NDArray[np.float32]) -> list[NDArray[np.float32]]:
         """Return the outputs, each `(N, ...)`, for `batch` `(N, ...)`; GraphRunError if the run fails."""
         try:
-            outputs: list[NDArray[np.float32]] = self._session.run(self._output_names, {self._input_name: batch})
+            outputs: list[NDArray[np.float32]] = self._session.run(
+                self._output_names, {self._input_name: batch}, self._run_options
+            )
         except Exception as error:
+            if self._run_options.terminate:
+                raise NotServingError("the model stopped being served while the call ran") from None
             raise GraphRunError(f"{type(error).__name__}: {error}") from error
         return outputs
+
+    def stop(self) -> None:
+        """End the runs that are on, at their next node, and all later ones: they raise NotServingError."""
+        self._run_options.terminate = True
 
 
 class Runtime:

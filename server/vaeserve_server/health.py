@@ -45,10 +45,6 @@ class Health(health_pb2_grpc.HealthServicer):  # type: ignore[misc]  # the gener
             await context.abort(grpc.StatusCode.NOT_FOUND, f"there is no service {shown(request.service)}")
         return self._response(request.service)
 
-    async def List(self, request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:  # noqa: N802
-        """Return the state of every service."""
-        return health_pb2.HealthListResponse(statuses={name: self._response(name) for name in self._services})
-
     async def Watch(self, request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterator[Any]:  # noqa: N802
         """Yield the state of one service now and whenever it changes."""
         previous = None

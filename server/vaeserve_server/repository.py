@@ -51,7 +51,7 @@ class Repository:
         return engine
 
     def close(self) -> None:
-        """Refuse what still waits in any engine."""
+        """Refuse what still waits in any engine, and break off what still runs."""
         for engine in self.engines:
             engine.close()
 

@@ -52,11 +52,11 @@ class GrpcTransport:
 
     def refuse(self) -> None:
         """Take no more calls, and send clients elsewhere; what is in flight goes on."""
-        self._health.close()
         self._stopping = asyncio.create_task(self._server.stop(_FOREVER_S))
 
     async def close(self) -> None:
         """After `refuse`: give answers a moment to be sent, and cut off what is left, streams above all."""
+        self._health.close()
         await asyncio.wait({self._stopping}, timeout=_LAST_BYTES_S)
         if not self._stopping.done():
             await self._server.stop(None)

@@ -19,6 +19,7 @@ from vaeserve.v1 import vae_pb2
 ENCODER, DECODER, PRIOR = vae_pb2.GRAPH_ROLE_ENCODER, vae_pb2.GRAPH_ROLE_DECODER, vae_pb2.GRAPH_ROLE_PRIOR
 FILES = {ENCODER: "encoder.onnx", DECODER: "decoder.onnx", PRIOR: "prior.onnx"}
 DIGEST = "d" * 64
+SLOW_TURNS = 50_000_000  # a minute, so a pixel of 0.01 is about half a second
 FACES_IMAGE, FACES_LATENT = (3, 8, 8), (2, 4, 4)  # colour, and a spatial latent
 
 
@@ -109,6 +110,71 @@ def decoder(image_shape: Sequence[int], latent_shape: Sequence[int], digest: str
         {"weight": _weight(size, pixels), "shape": np.array([-1, *image_shape])},
         digest,
     )
+
+
+def slow_encoder(image_shape: Sequence[int], latent_shape: Sequence[int]) -> onnx.ModelProto:
+    """Return an encoder, mean 0 and stddev 1, that takes a minute times the brightest pixel of the batch."""
+    body = helper.make_graph(
+        [helper.make_node("Identity", ["going"], ["go_on"]), helper.make_node("Add", ["sum", "tiny"], ["next"])],
+        "body",
+        [
+            helper.make_tensor_value_info("turn", TensorProto.INT64, []),
+            helper.make_tensor_value_info("going", TensorProto.BOOL, []),
+            helper.make_tensor_value_info("sum", TensorProto.FLOAT, []),
+        ],
+        [
+            helper.make_tensor_value_info("go_on", TensorProto.BOOL, []),
+            helper.make_tensor_value_info("next", TensorProto.FLOAT, []),
+        ],
+    )
+    nodes = [
+        helper.make_node("ReduceMax", ["image"], ["brightest"], keepdims=0),
+        helper.make_node("Mul", ["brightest", "most_turns"], ["turns"]),
+        helper.make_node("Cast", ["turns"], ["count"], to=TensorProto.INT64),
+        helper.make_node("Loop", ["count", "true", "tiny"], ["spent"], body=body),
+        helper.make_node("Mul", ["spent", "nothing"], ["bias"]),
+    ]
+    return _flat_encoder(
+        nodes,
+        image_shape,
+        latent_shape,
+        {
+            "most_turns": np.float32(SLOW_TURNS),
+            "true": np.bool_(True),
+            "tiny": np.float32(1e-9),
+            "nothing": np.float32(0),
+        },
+    )
+
+
+def brittle_encoder(image_shape: Sequence[int], latent_shape: Sequence[int]) -> onnx.ModelProto:
+    """Return an encoder, mean 0 and stddev 1, whose run fails if any pixel of the batch is 1."""
+    nodes = [
+        helper.make_node("ReduceMax", ["image"], ["brightest"], keepdims=0),
+        helper.make_node("Cast", ["brightest"], ["index"], to=TensorProto.INT64),
+        helper.make_node("Gather", ["one_value", "index"], ["bias"]),  # index 1 of one value
+    ]
+    return _flat_encoder(nodes, image_shape, latent_shape, {"one_value": np.zeros(1, np.float32)})
+
+
+def _flat_encoder(
+    nodes: Sequence[onnx.NodeProto],
+    image_shape: Sequence[int],
+    latent_shape: Sequence[int],
+    constants: Mapping[str, np.generic | np.ndarray],
+) -> onnx.ModelProto:
+    """Return image -> mean = 0 + bias, stddev = exp(mean), where `nodes` compute the scalar `bias`."""
+    pixels, size = int(np.prod(image_shape)), int(np.prod(latent_shape))
+    tail = [
+        helper.make_node("Flatten", ["image"], ["flat"], axis=1),
+        helper.make_node("MatMul", ["flat", "weight"], ["product"]),
+        helper.make_node("Add", ["product", "bias"], ["sum_of_both"]),
+        helper.make_node("Reshape", ["sum_of_both", "shape"], ["mean"]),
+        helper.make_node("Exp", ["mean"], ["stddev"]),
+    ]
+    weights = {"weight": np.zeros((pixels, size), np.float32), "shape": np.array([-1, *latent_shape])}
+    outputs = {"mean": latent_shape, "stddev": latent_shape}
+    return model([*nodes, *tail], {"image": image_shape}, outputs, {**constants, **weights})
 
 
 def prior_graph(latent_shape: Sequence[int], digest: str = DIGEST) -> onnx.ModelProto:

@@ -1,0 +1,160 @@
+"""Flags, variables and their errors; cores; log lines."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+from vaeserve_server import logs
+from vaeserve_server.cores import available_cores, cgroup_quota
+from vaeserve_server.errors import StartError
+from vaeserve_server.settings import Settings, from_command_line, is_loopback
+
+
+@pytest.fixture(autouse=True)
+def _clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in list(os.environ):
+        if name.startswith("VAESERVE_"):
+            monkeypatch.delenv(name)
+
+
+def test_the_defaults_are_the_documented_ones() -> None:
+    settings = from_command_line([])
+    assert (settings.models, settings.device) == (Path("models"), "auto")
+    assert (settings.host, settings.port, settings.insecure) == ("127.0.0.1", 50051, False)
+
+
+def test_a_flag_wins_over_its_variable_and_a_variable_over_the_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VAESERVE_PORT", "7001")
+    monkeypatch.setenv("VAESERVE_MAX_QUEUE_ROWS", "5")
+    settings = from_command_line(["--port", "7002"])
+    assert (settings.port, settings.max_queue_rows) == (7002, 5)
+
+
+def test_every_flag_is_explained_and_every_explanation_is_whole(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        from_command_line(["--help"])
+    assert ended.value.code == 0
+    text = " ".join(capsys.readouterr().out.split())
+    for name, field in Settings.model_fields.items():
+        assert f"--{name.replace('_', '-')} " in text
+        assert field.description
+        assert field.description.endswith(".")
+
+
+def test_settings_do_not_change() -> None:
+    with pytest.raises(ValidationError, match="frozen"):
+        Settings().port = 1  # type: ignore[misc]
+
+
+def test_an_unknown_flag_ends_as_argparse_does(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        from_command_line(["--colour", "red"])
+    assert ended.value.code == 2
+    assert "unrecognized arguments: --colour red" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--device", "gpu"], "--device (or VAESERVE_DEVICE) is 'gpu': input should be 'auto', 'cuda' or 'cpu'"),
+        (["--max-batch-rows", "-1"], "--max-batch-rows (or VAESERVE_MAX_BATCH_ROWS) is '-1': input should be greater"),
+        (["--drain-s", "inf"], "--drain-s (or VAESERVE_DRAIN_S) is 'inf': input should be a finite number"),
+        (["--host", "example.org"], "host example.org can be reached from other machines"),
+    ],
+)
+def test_wrong_values_are_named(flags: list[str], words: str) -> None:
+    with pytest.raises(StartError, match=re.escape(words)):
+        from_command_line(flags)
+
+
+@pytest.mark.parametrize(
+    ("host", "expected"),
+    [
+        ("127.0.0.1", True),
+        ("127.3.4.5", True),
+        ("::1", True),
+        ("[::1]", True),
+        ("localhost", True),
+        ("0.0.0.0", False),
+        ("::", False),
+        ("10.0.0.1", False),
+        ("localhost.example.org", False),
+        ("", False),
+    ],
+)
+def test_only_this_machine_is_loopback(host: str, expected: bool) -> None:
+    assert is_loopback(host) is expected
+
+
+@pytest.mark.parametrize(
+    ("files", "cores"),
+    [
+        ({}, float("inf")),
+        ({"proc/self/cgroup": "0::/\n", "sys/fs/cgroup/cpu.max": "150000 100000\n"}, 1.5),
+        ({"proc/self/cgroup": "0::/\n", "sys/fs/cgroup/cpu.max": "max 100000\n"}, float("inf")),
+        (
+            {
+                "proc/self/cgroup": "0::/pod/box\n",
+                "sys/fs/cgroup/pod/box/cpu.max": "max 100000\n",
+                "sys/fs/cgroup/pod/cpu.max": "50000 100000\n",
+            },
+            0.5,
+        ),
+        (
+            {
+                "proc/self/cgroup": "4:memory:/a\n2:cpu,cpuacct:/docker/1\n",
+                "sys/fs/cgroup/cpu,cpuacct/docker/1/cpu.cfs_quota_us": "200000\n",
+                "sys/fs/cgroup/cpu,cpuacct/docker/1/cpu.cfs_period_us": "100000\n",
+            },
+            2.0,
+        ),
+        (
+            {
+                "proc/self/cgroup": "2:cpu:/docker/1\n",
+                "sys/fs/cgroup/cpu/cpu.cfs_quota_us": "300000\n",  # in a container the mount is the cgroup
+                "sys/fs/cgroup/cpu/cpu.cfs_period_us": "100000\n",
+            },
+            3.0,
+        ),
+        (
+            {
+                "proc/self/cgroup": "2:cpu:/\n",
+                "sys/fs/cgroup/cpu/cpu.cfs_quota_us": "-1\n",
+                "sys/fs/cgroup/cpu/cpu.cfs_period_us": "100000\n",
+            },
+            float("inf"),
+        ),
+    ],
+)
+def test_the_cgroups_quota_is_found(files: dict[str, str], cores: float, tmp_path: Path) -> None:
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    assert cgroup_quota(tmp_path) == cores
+    affinity = len(os.sched_getaffinity(0))
+    assert available_cores(tmp_path) == max(1, min(affinity, -(-cores // 1)))
+
+
+def test_a_log_line_reads_well_and_cuts_well() -> None:
+    record = logging.makeLogRecord(
+        {"msg": "model loaded", "levelname": "INFO", "created": 0.5, "msecs": 500.0, "name": "vaeserve_server"}
+    )
+    record.fields = {"model": "mnist/1", "reason": 'two "words"', "empty": ""}
+    assert logs.TextFormatter().format(record) == (
+        r'1970-01-01T00:00:00.500Z INFO model loaded model=mnist/1 reason="two \"words\"" empty=""'
+    )
+    assert json.loads(logs.JsonFormatter().format(record)) == {
+        "time": "1970-01-01T00:00:00.500Z",
+        "level": "info",
+        "logger": "vaeserve_server",
+        "message": "model loaded",
+        "model": "mnist/1",
+        "reason": 'two "words"',
+        "empty": "",
+    }
