@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from numpy.typing import NDArray
@@ -44,7 +45,7 @@ def reconstructions(
 
     Both are (N, C, H, W), C = 1 or 3, uint8 0..255 or floating point 0..1. Raises ValueError for other arrays.
     """
-    upper, lower = _pixels(originals, "originals"), _pixels(reconstructed, "reconstructed")
+    upper, lower = as_pixels(originals, "originals"), as_pixels(reconstructed, "reconstructed")
     if upper.shape != lower.shape:
         raise ValueError(f"originals have shape {upper.shape} and reconstructed ones {lower.shape}; they must be equal")
     rows: list[NDArray[np.uint8]] = []
@@ -58,7 +59,7 @@ def sample_grid(images: Images, path: Path, *, columns: int = 8, title: str = ""
 
     `images` are (N, C, H, W), C = 1 or 3, uint8 0..255 or floating point 0..1. Raises ValueError for other arrays.
     """
-    pixels = _pixels(images, "images")
+    pixels = as_pixels(images, "images")
     rows = [pixels[first : first + columns] for first in range(0, len(pixels), columns)]
     return _draw_rows(rows, path, title=title)
 
@@ -87,16 +88,10 @@ def latent_space(
     else:
         _scatter_classes(figure, points, labels, class_names)
     for axis, name, share in zip((axes.xaxis, axes.yaxis), ("first", "second"), explained, strict=True):
-        axis.set_label_text(f"{name} principal component ({share:.1%} of the variance)", color=TEXT_COLOUR)
+        axis.set_label_text(f"{name} principal component ({share:.1%} of the variance)")
     axes.set_aspect("equal", adjustable="datalim")
-    axes.tick_params(colors=TEXT_COLOUR, labelsize=9)
-    axes.grid(color="#dddddd", linewidth=0.6)
-    axes.set_axisbelow(True)
-    for spine in axes.spines.values():
-        spine.set_color("#bbbbbb")
-    if title:
-        axes.set_title(title, color=TEXT_COLOUR, fontsize=12, loc="left")
-    return _save(figure, path)
+    style_axes(axes, title)
+    return save(figure, path)
 
 
 def principal_components(means: NDArray[np.floating]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
@@ -143,7 +138,20 @@ def _scatter_classes(
     figure.legend(handles=handles, loc="outside right center", frameon=False, labelcolor=TEXT_COLOUR, fontsize=11)
 
 
-def _pixels(images: Images, name: str) -> NDArray[np.uint8]:
+def style_axes(axes: Axes, title: str = "") -> None:
+    """Give axes the project's look: readable ticks, a faint grid behind the data, nothing that is no data."""
+    axes.tick_params(colors=TEXT_COLOUR, labelsize=9)
+    axes.grid(color="#dddddd", linewidth=0.6)
+    axes.set_axisbelow(True)
+    for spine in axes.spines.values():
+        spine.set_color("#bbbbbb")
+    for label in (axes.xaxis.label, axes.yaxis.label):
+        label.set_color(TEXT_COLOUR)
+    if title:
+        axes.set_title(title, color=TEXT_COLOUR, fontsize=12, loc="left")
+
+
+def as_pixels(images: Images, name: str) -> NDArray[np.uint8]:
     """Return images as uint8 (N, H, W, 3); ValueError if they are none."""
     if images.ndim != 4 or images.shape[1] not in (1, 3) or not len(images):
         raise ValueError(f"{name} have shape {images.shape}; expected (N, 1, H, W) or (N, 3, H, W), N >= 1")
@@ -177,16 +185,16 @@ def _draw_rows(
             x = left + column * column_px
             enlarged = image.repeat(factor, axis=0).repeat(factor, axis=1)
             canvas[y : y + height * factor, x : x + width * factor] = enlarged
-    figure = _figure_of(canvas)
+    figure = figure_of(canvas)
     for number, y in enumerate(tops if group_labels else []):
         middle = y + height * factor / 2
-        _text(figure, left - 10, middle, group_labels[number % per_group], canvas_shape, fontsize=10, ha="right")
+        write_text(figure, left - 10, middle, group_labels[number % per_group], canvas_shape, fontsize=10, ha="right")
     if title:
-        _text(figure, left, top - _TITLE_PX / 2 - 4, title, canvas_shape, fontsize=12, ha="left")
-    return _save(figure, path)
+        write_text(figure, left, top - _TITLE_PX / 2 - 4, title, canvas_shape, fontsize=12, ha="left")
+    return save(figure, path)
 
 
-def _figure_of(canvas: NDArray[np.uint8]) -> Figure:
+def figure_of(canvas: NDArray[np.uint8]) -> Figure:
     """Return a figure whose pixels are those of `canvas`, (h, w, 3)."""
     height, width, _ = canvas.shape
     # Matplotlib cuts inches * dpi down to whole pixels: half a pixel more keeps rounding errors from losing one.
@@ -195,7 +203,7 @@ def _figure_of(canvas: NDArray[np.uint8]) -> Figure:
     return figure
 
 
-def _text(
+def write_text(
     figure: Figure, x_px: float, y_px: float, text: str, shape: tuple[int, ...], *, fontsize: int, ha: str
 ) -> None:
     """Write `text` at a place counted in pixels from the top left corner."""
@@ -203,7 +211,8 @@ def _text(
     figure.text(x, y, text, color=TEXT_COLOUR, fontsize=fontsize, ha=ha, va="center")
 
 
-def _save(figure: Figure, path: Path) -> Path:
+def save(figure: Figure, path: Path) -> Path:
+    """Write the figure as a PNG file, whole or not at all, and return its path."""
     buffer = io.BytesIO()
     # Without the library's version in it, the same data give the same bytes for longer.
     figure.savefig(buffer, format="png", dpi=DPI, metadata={"Software": None})
