@@ -11,6 +11,7 @@ import hashlib
 import os
 import signal
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,13 @@ class Killer:
             os.kill(os.getpid(), signal.SIGKILL)
 
 
+def warm_up() -> None:
+    """Train once, so that PyTorch's late imports, most of a process's first calls, lie behind."""
+    with tempfile.TemporaryDirectory() as folder:
+        fit(tiny_config(optimiser={"epochs": 1}), Path(folder), data=tiny_data())
+
+
 if __name__ == "__main__":
+    warm_up()
     sys.setprofile(Killer(sys.argv[2]))
     fit(tiny_config(), Path(sys.argv[1]), resume=True, data=tiny_data())

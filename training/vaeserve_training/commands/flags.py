@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Sequence
-from typing import Any, TypeVar
+from typing import Any, TextIO, TypeVar
 
 from pydantic import ValidationError
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, SettingsError
@@ -60,9 +60,17 @@ def parse(flags: type[FlagsType], command: str, arguments: Sequence[str], **defa
         raise ConfigError(describe(error)) from None
 
 
+class _StderrHandler(logging.StreamHandler[TextIO]):
+    """Writes to what standard error is at the moment: while a progress bar is shown, it takes its place."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.stream = sys.stderr
+        super().emit(record)
+
+
 def log_to_stderr(*, quiet: bool = False) -> None:
     """Show the package's log on standard error: all of it, or with a progress bar or `quiet` only the warnings."""
-    handler = logging.StreamHandler(sys.stderr)
+    handler = _StderrHandler()
     handler.setFormatter(logging.Formatter("%(message)s"))
     logger = logging.getLogger("vaeserve_training")
     logger.handlers[:] = [handler]
