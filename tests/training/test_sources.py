@@ -201,7 +201,7 @@ def test_a_mirror_that_falls_silent_is_given_up(
     monkeypatch: pytest.MonkeyPatch,
     finish: threading.Event,
 ) -> None:
-    monkeypatch.setattr(sources, "MIRROR_PATIENCE_S", 0.2)
+    monkeypatch.setattr(sources, "MIRROR_PATIENCE_S", 1.0)
 
     def silent(handler: http.server.BaseHTTPRequestHandler, content: bytes) -> None:
         if bytes_first:
@@ -217,7 +217,7 @@ def test_a_mirror_that_falls_silent_is_given_up(
 def test_an_answer_that_only_drips_is_given_up(
     tmp_path: Path, start_mirror: Callable[[Answer], Mirror], monkeypatch: pytest.MonkeyPatch, finish: threading.Event
 ) -> None:
-    monkeypatch.setattr(sources, "MIRROR_PATIENCE_S", 0.3)
+    monkeypatch.setattr(sources, "MIRROR_PATIENCE_S", 0.6)
 
     def drip(handler: http.server.BaseHTTPRequestHandler, content: bytes) -> None:
         send(handler, b"", announced=len(content))
