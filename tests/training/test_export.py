@@ -11,10 +11,10 @@ import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
-import onnxruntime
 import pytest
 import torch
 from google.protobuf.message import Message
@@ -57,11 +57,11 @@ def graph(request: pytest.FixtureRequest, bundle_dir: Path) -> onnx.ModelProto:
     return onnx.load_model(bundle_dir / request.param)
 
 
-def session(path: Path) -> onnxruntime.InferenceSession:
-    return onnxruntime.InferenceSession(path, providers=[parity.CPU])
+def session(path: Path) -> Any:
+    return parity.onnxruntime.InferenceSession(path, providers=[parity.CPU])
 
 
-def names(values: list[onnxruntime.NodeArg]) -> list[str]:
+def names(values: list[Any]) -> list[str]:
     return [value.name for value in values]
 
 
@@ -240,6 +240,26 @@ def test_another_process_exports_the_same_bytes(checkpoint_dir: Path, bundle_dir
     assert bundle.read_card(tmp_path / "mnist" / "1").digest == bundle.read_card(bundle_dir).digest
     for file in GRAPH_FILES:
         assert (tmp_path / "mnist" / "1" / file).read_bytes() == (bundle_dir / file).read_bytes()
+
+
+TELEMETRY_AT_IMPORT = """
+import importlib.abc, os, sys
+
+class Watch(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        if name == "onnxruntime":
+            print(os.environ.get("ORT_DISABLE_TELEMETRY"))
+
+sys.meta_path.insert(0, Watch())
+import vaeserve_training.commands.export
+"""
+
+
+def test_onnx_runtime_is_imported_with_its_telemetry_off() -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "ORT_DISABLE_TELEMETRY"}
+    command = [sys.executable, "-c", TELEMETRY_AT_IMPORT]
+    done = subprocess.run(command, env=environment, timeout=100, check=True, capture_output=True, text=True)
+    assert done.stdout == "1\n"
 
 
 # What is refused

@@ -12,7 +12,6 @@ from importlib import metadata
 from pathlib import Path
 
 import numpy as np
-import onnxruntime
 import torch
 from numpy.typing import NDArray
 from vaeserve.v1 import vae_pb2
@@ -113,7 +112,7 @@ def _card(model: Checkpoint, name: str, evaluation: Report | None) -> vae_pb2.Mo
         # Where the data lay is nobody's business who is served the card.
         training_config_json=config.with_changes(data={"path": None, "cache_dir": None}).model_dump_json(),
         tool_versions={tool: metadata.version(tool) for tool in _TOOLS}
-        | {"python": platform.python_version(), "onnxruntime": onnxruntime.__version__},
+        | {"python": platform.python_version(), "onnxruntime": parity.ONNXRUNTIME_VERSION},
     )
     card.created.GetCurrentTime()
     if evaluation is not None:

@@ -19,11 +19,13 @@ from vaeserve.v1 import vae_pb2
 from vaeserve_training.compute import cpu_threads
 from vaeserve_training.onnx_graphs import ExportError
 
-# Version 1.29 and later report to their makers by default and keep a database in the user's cache.
+# Version 1.29 and later report to their makers by default and keep a database in the user's cache. So this is the only
+# module of training that imports ONNX Runtime.
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 import onnxruntime
 
+ONNXRUNTIME_VERSION: str = onnxruntime.__version__
 CPU = "CPUExecutionProvider"
 CUDA = "CUDAExecutionProvider"
 BATCH_SIZES = (1, 2, 7, 64)
