@@ -86,6 +86,19 @@ def test_ctrl_c_saves_and_says_the_command_that_goes_on(
     assert [record["epoch"] for record in metrics.read(folder / "runs/a" / metrics.FILE)] == [1, 2, 3, 4]
 
 
+def test_ctrl_c_before_training_has_begun_says_the_same_command_again(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupt(_config: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("vaeserve_training.fit.load", interrupt)
+    assert main([*FIT, "--quiet"]) == 130
+    said = capsys.readouterr().out
+    assert "no checkpoint was made yet" in said
+    assert said.splitlines()[-1].split() == ["vaeserve-train", *FIT, "--quiet"]
+
+
 def test_resuming_a_finished_run_says_the_same_and_trains_nothing(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -104,6 +117,7 @@ USER_ERRORS = {
     "value of another type": ([*FIT, "--optimiser.epochs", "few"], "optimiser.epochs: Input should be a valid integer"),
     "value out of range": ([*FIT, "--optimiser.epochs", "0"], "optimiser.epochs: Input should be greater than"),
     "unknown preset": (["fit", "--run-dir", "x", "--preset", "nope"], "mnist, mnist-mlp, rgb"),
+    "nothing to resume": (["fit", "--run-dir", "x", "--resume"], "x holds no run to resume"),
     "missing file": (["fit", "--run-dir", "x", "--config", "nope.json"], "cannot read nope.json"),
     "broken file": (["fit", "--run-dir", "x", "--config", "broken.json"], "broken.json: Invalid JSON"),
     "wrong shape": ([*FIT, "--data.image-shape", "1,5,4"], "multiples of 2"),

@@ -252,6 +252,11 @@ def test_a_report_survives_its_file_and_keeps_the_protocol(trained: checkpoint.C
     json_format.ParseDict(written["evaluations"][1], vae_pb2.Evaluation())
 
 
+def test_a_report_lies_in_its_run_or_beside_a_checkpoint_taken_out_of_it() -> None:
+    assert report.default_path(Path("runs/a/checkpoints/epoch-0003")) == Path("runs/a/evaluation.json")
+    assert report.default_path(Path("kept/good")) == Path("kept/good.evaluation.json")
+
+
 @pytest.mark.parametrize("text", ["", "{", "{}", '{"evaluations": [{"images": "many"}]}', "[]"])
 def test_another_file_is_no_report(tmp_path: Path, text: str) -> None:
     path = tmp_path / "other.json"

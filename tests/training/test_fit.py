@@ -10,16 +10,17 @@ import threading
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 import runs
 import torch
 from runs import Killer, tiny_config, tiny_data, warm_up
-from vaeserve_training import checkpoint, metrics
+from vaeserve_training import checkpoint, metrics, objectives
 from vaeserve_training.config import TrainConfig
 from vaeserve_training.evaluate import optimal_sigma
 from vaeserve_training.fit import InterruptedTrainingError, fit
-from vaeserve_training.models import INITIAL_SIGMA
+from vaeserve_training.models import INITIAL_SIGMA, Vae
 from vaeserve_training.trainer import DivergedError, FitError, Trainer
 
 
@@ -291,6 +292,25 @@ def test_without_an_average_the_weights_themselves_are_the_model(tmp_path: Path)
     saved = checkpoint.read_weights(path / checkpoint.WEIGHTS)
     for name, tensor in checkpoint.load(path).vae.state_dict().items():
         assert torch.equal(tensor, saved[name])
+
+
+def test_bf16_networks_keep_float32_loss_terms(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    dtypes = set()
+    compute_terms = objectives.terms
+
+    def watched(vae: Vae, observation: objectives.Observation, *arguments: Any) -> objectives.Terms:
+        dtypes.add(("encoder", vae.encoder(observation.encoder_input)[0].dtype))
+        terms = compute_terms(vae, observation, *arguments)
+        dtypes.update({("terms", terms.distortion.dtype), ("terms", terms.rate.dtype)})
+        return terms
+
+    with monkeypatch.context() as patched:
+        patched.setattr(objectives, "terms", watched)
+        config = tiny_config(run={"precision": "bf16", "monitor_images": 0}, optimiser={"epochs": 1})
+        path = fit(config, tmp_path, data=tiny_data())
+    assert dtypes == {("encoder", torch.bfloat16), ("terms", torch.float32)}
+    weights = checkpoint.read_weights(path / checkpoint.WEIGHTS)
+    assert {tensor.dtype for tensor in weights.values()} == {torch.float32}
 
 
 def test_training_leaves_the_threads_and_the_global_generator_alone(tmp_path: Path) -> None:

@@ -246,11 +246,14 @@ def _importance_noise(
 
 @contextmanager
 def _evaluating(vae: Vae) -> Iterator[torch.device]:
-    """Put the model in evaluation mode without gradients; give the device it is on."""
+    """Put the model in evaluation mode without gradients; give the device it is on.
+
+    float32 is float32 here: cuDNN's convolutions would otherwise round to TF32.
+    """
     was_training = vae.training
     vae.eval()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
             yield next(vae.parameters()).device
     finally:
         vae.train(was_training)

@@ -12,6 +12,8 @@ from rich.table import Table
 from rich.text import Text
 from vaeserve.v1 import vae_pb2
 
+from vaeserve_training import checkpoint
+
 FILE = "evaluation.json"
 _LATENTS_SHOWN = 32
 
@@ -56,9 +58,11 @@ class Report:
             raise EvaluationError(f"{path} is no report of vaeserve-train evaluate: {error}") from error
 
 
-def default_path(checkpoint: Path) -> Path:
-    """Return where the report on a checkpoint belongs: in the folder of its run."""
-    return checkpoint.parent.parent / FILE
+def default_path(path: Path) -> Path:
+    """Return where the report on a checkpoint belongs: in its run's folder, or beside a checkpoint taken out of it."""
+    if path.parent.name == checkpoint.FOLDER:
+        return path.parent.parent / FILE
+    return path.with_name(f"{path.name}.{FILE}")
 
 
 def table(report: Report) -> Group:

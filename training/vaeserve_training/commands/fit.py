@@ -66,8 +66,10 @@ def run(arguments: Sequence[str]) -> int:
         newest = fit(config, flags.run_dir, resume=flags.resume, show_progress=not flags.quiet)
     except KeyboardInterrupt:
         kept = checkpoint.latest(flags.run_dir)
+        started = (flags.run_dir / checkpoint.CONFIG).is_file()
+        again = ["--run-dir", str(flags.run_dir), "--resume"] if started else arguments
         say(f"interrupted; {'no checkpoint was made yet' if kept is None else f'saved {kept}'}. To go on:")
-        say(f"  vaeserve-train fit --run-dir {folder} --resume")
+        say(f"  {shlex.join(['vaeserve-train', 'fit', *again])}")
         return 130
     say(f"trained: {newest}. Next:")
     say(f"  vaeserve-train evaluate --run-dir {folder}")
@@ -97,9 +99,11 @@ def _starting_point(arguments: Sequence[str]) -> dict[str, dict[str, Any]]:
 
 
 def _configuration_of(run_dir: Path) -> TrainConfig:
-    """Return the configuration a run was started with; that of the default preset if there is no run yet."""
+    """Return the configuration that a run was started with."""
     path = (checkpoint.latest(run_dir) or run_dir) / checkpoint.CONFIG
-    return TrainConfig.from_json(path.read_bytes(), str(path)) if path.is_file() else preset("mnist")
+    if not path.is_file():
+        raise ConfigError(f"{run_dir} holds no run to resume; name a --preset or a --config to start one there")
+    return TrainConfig.from_json(path.read_bytes(), str(path))
 
 
 def _read_sections(path: Path) -> dict[str, dict[str, Any]]:
