@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import threading
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -21,6 +22,8 @@ from vaeserve.errors import Cancelled, VaeserveError, count_rows_from
 _Value = TypeVar("_Value", bound=Answer)
 _T = TypeVar("_T")
 
+_CLOSE_S = 1.0
+
 
 class BlockingTransport(Flows):
     """Everything of the blocking client but its verbs."""
@@ -34,6 +37,13 @@ class BlockingTransport(Flows):
     def close(self) -> None:
         """Close the connections; calls under way in other threads end with Cancelled."""
         self._closed = True
+        # grpc's close waits for every call to be finished, and a Ctrl-C that strikes while grpc begins one leaves a
+        # call that nobody will ever finish. So the wait is somebody else's, and has an end.
+        closing = threading.Thread(target=self._close_channels, daemon=True)
+        closing.start()
+        closing.join(_CLOSE_S)
+
+    def _close_channels(self) -> None:
         for channel in self._channels:
             channel.close()
 

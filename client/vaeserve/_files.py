@@ -140,7 +140,7 @@ def _read_picture(path: Path, info: ModelInfo, resize: bool) -> Any:
     except FileNotFoundError:
         raise FileProblem(f"{path}: no such file or folder") from None
     except (OSError, ValueError, SyntaxError) as error:  # Pillow's words for damaged files are of all these kinds
-        raise FileProblem(f"{path}: not a readable image ({error})") from None
+        raise FileProblem(f"{path}: not a readable image ({_one_line(error)})") from None
     if picture.size == (width, height):
         return picture
     if not resize:
@@ -153,23 +153,28 @@ def _read_picture(path: Path, info: ModelInfo, resize: bool) -> Any:
 
 
 def _load(path: Path) -> Array:
+    """Return an .npy file's array without reading it: bulk work takes its rows as it goes."""
     try:
-        array: Array = np.load(path, mmap_mode="r", allow_pickle=False)
+        array: Array = np.lib.format.open_memmap(path, mode="r")
     except FileNotFoundError:
         raise FileProblem(f"{path}: no such file") from None
     except (OSError, ValueError, EOFError) as error:
-        raise FileProblem(f"{path}: not a readable .npy file ({error})") from None
+        raise FileProblem(f"{path}: not a readable .npy file ({_one_line(error)})") from None
     return array
 
 
 def _load_all(path: Path) -> dict[str, Array]:
     try:
-        with np.load(path, allow_pickle=False) as arrays:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
             return dict(arrays)
     except FileNotFoundError:
         raise FileProblem(f"{path}: no such file") from None
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise FileProblem(f"{path}: not a readable .npz file ({error})") from None
+    except (OSError, ValueError, EOFError, TypeError, zipfile.BadZipFile) as error:  # TypeError: an .npy inside
+        raise FileProblem(f"{path}: not a readable .npz file ({_one_line(error)})") from None
+
+
+def _one_line(error: Exception) -> str:
+    return str(error).partition("\n")[0]
 
 
 def _write_whole(path: Path, write: Callable[[IO[bytes]], Any]) -> None:

@@ -253,12 +253,13 @@ def _explain_local(kind: type[VaeserveError], message: str, *, target: str, time
 def _read_details(status: StatusLike) -> dict[str, Any]:
     """Return the google.rpc details of a status as keyword arguments of VaeserveError."""
     packed = next((value for key, value in status.trailing_metadata() or () if key == _STATUS_DETAILS_KEY), None)
-    if packed is None:
-        return {}
     try:
-        rich = status_pb2.Status.FromString(packed)
+        return {} if packed is None else _unpack(status_pb2.Status.FromString(packed))
     except DecodeError:  # not google.rpc's: the code and the message still stand
         return {}
+
+
+def _unpack(rich: status_pb2.Status) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for detail in rich.details:
         if detail.Is(error_details_pb2.BadRequest.DESCRIPTOR):
