@@ -1,6 +1,7 @@
 #!/bin/sh
-# Trains, evaluates and publishes the default model, unless the models folder already holds a model: the one-shot service
-# `train` of docker-compose.yml. A run that was cut off goes on where it stopped. Arguments are those of `vaeserve-train fit`.
+# Trains, evaluates and publishes the default model, unless the models folder already holds a model: the one-shot
+# service `train` of docker-compose.yml. A run that was cut off goes on where it stopped. Arguments are those of
+# `vaeserve-train fit`.
 set -eu
 models=${VAESERVE_MODELS:-/models}
 run=${VAESERVE_RUN:-/runs/default}

@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -244,6 +245,27 @@ def test_every_profile_starts_one_server_at_most(wheels: Path) -> None:
             assert all(port["host_ip"] == "127.0.0.1" for port in service.get("ports", []))
             for mount in service["volumes"]:
                 assert mount["type"] == "volume" or Path(mount["source"]).exists(), mount
+
+
+def test_tls_profile_is_valid_once_uncommented(tmp_path: Path) -> None:
+    """The block of the server and that of its secrets."""
+    text = (REPOSITORY / "docker-compose.yml").read_text()
+    server = re.search(r"^  # server-tls:\n(?:^  # .*\n)+", text, re.MULTILINE)
+    secrets = re.search(r"^# secrets:.*\n(?:^#   .*\n)+", text, re.MULTILINE)
+    assert server is not None
+    assert secrets is not None
+    text = text.replace(server[0], re.sub("^  # ", "  ", server[0], flags=re.MULTILINE))
+    text = text.replace(secrets[0], re.sub("^# ", "", secrets[0], flags=re.MULTILINE))
+    file = tmp_path / "docker-compose.yml"
+    file.write_text(text)
+    command = ["docker", "compose", "--project-directory", str(REPOSITORY), "-f", str(file), "--profile", "tls"]
+    services = json.loads(run([*command, "config", "--format", "json"]))["services"]
+    assert set(services) == {"train", "server-tls"}
+    server_tls = services["server-tls"]
+    assert {secret["source"] for secret in server_tls["secrets"]} == {"server.crt", "server.key", "tokens"}
+    assert server_tls["read_only"]
+    assert "--insecure" not in server_tls["command"]
+    assert [port["published"] for port in server_tls["ports"]] == ["50051"]
 
 
 def test_gpu_server_asks_for_a_device_and_does_not_fall_back(wheels: Path) -> None:
