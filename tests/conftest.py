@@ -8,7 +8,27 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+IN_PROCESS = "looks inside the server's process, which behind Envoy is another one"
 MNIST_SUBSET = Path(__file__).parent / "data" / "mnist_subset.npz"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--transport", choices=["grpc", "envoy"], default="grpc", help="what carries the servers' calls")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--transport") != "grpc":
+        import serving
+
+        serving.default_transport = config.getoption("--transport")
+    config.addinivalue_line("markers", f"in_process: {IN_PROCESS}")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--transport") == "envoy":
+        for item in items:
+            if item.get_closest_marker("in_process"):
+                item.add_marker(pytest.mark.skip(reason=IN_PROCESS))
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""A real server in this process: the asyncio one, on a port of its own, in a loop that all such servers share.
+"""A real server on a port of its own: in this process, in a loop that all such servers share, or behind Envoy.
 
 One loop for all, because grpcio's asyncio side is one per process and complains of a loop that was closed.
 """
@@ -13,8 +13,12 @@ from collections.abc import Callable, Coroutine, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
+from envoy_serving import EnvoyServer
 from vaeserve_server.app import Server
-from vaeserve_server.settings import Settings
+from vaeserve_server.settings import Settings, Transport
+
+default_transport: Transport = "grpc"
+"""Set once, before any test, by pytest's option --transport."""
 
 _T = TypeVar("_T")
 _LIMIT_S = 60.0
@@ -67,9 +71,14 @@ def queued_rows(server: Server) -> int:
 
 @contextlib.contextmanager
 def running_server(models_dir: Path, **settings: Any) -> Iterator[RunningServer]:
-    """Serve `models_dir` on a free port of 127.0.0.1 with these settings, and drain at the end."""
-    chosen = {"port": 0, "device": "cpu", "drain_s": 10.0, **settings}
-    server = RunningServer(Settings(models=models_dir, **chosen))
+    """Serve `models_dir` on a free port of 127.0.0.1 with these settings, and drain at the end.
+
+    The transport is the one that pytest was told by --transport, unless the settings name one.
+    """
+    chosen = Settings(
+        models=models_dir, **{"port": 0, "device": "cpu", "drain_s": 10.0, "transport": default_transport, **settings}
+    )
+    server: Any = EnvoyServer(chosen) if chosen.transport == "envoy" else RunningServer(chosen)
     try:
         yield server
     finally:

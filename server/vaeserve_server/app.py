@@ -78,6 +78,7 @@ class Server:
         await self._unless_hurried(self._calls.wait_idle(), self.settings.drain_s)
         if self.repository is not None:
             self.repository.close()
+        self._health.close()
         await self._transport.close()
         if self._pool is not None:
             await self._pool.close()

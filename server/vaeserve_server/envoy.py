@@ -25,6 +25,7 @@ from vaeserve_server.errors import ListenError, StartError
 from vaeserve_server.settings import Settings
 from vaeserve_server.transport_envoy import STREAM_ID_HEADER
 
+APPLICATION = "vaeserve_server.envoy_main:app"
 HANDOVER_VARIABLE = "VAESERVE_ENVOY_HANDOVER"
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
@@ -143,7 +144,7 @@ def _stream_id_filter() -> dict[str, Any]:
 
 
 def _python_filter() -> dict[str, Any]:
-    application = {"app": "vaeserve_server.envoy_main:app", "interface": "asgi", "lifespan": True, "loop": "uvloop"}
+    application = {"app": APPLICATION, "interface": "asgi", "lifespan": True, "loop": "uvloop"}
     return {
         "name": "pyvoy",
         "typed_config": {

@@ -33,6 +33,7 @@ class Application:
         self._ended_fd = ended_fd
         self._settings = settings
         self._admin = envoy.Admin(folder)
+        self.server: life.Server
         self._transport: EnvoyTransport
 
     async def __call__(
@@ -47,8 +48,8 @@ class Application:
             return
         await receive()
         asyncio.get_running_loop().set_exception_handler(quiet_loop_errors)
-        server = life.Server(self._settings, self._new_transport)
-        serving = asyncio.create_task(self._serve(server))
+        self.server = life.Server(self._settings, self._new_transport)
+        serving = asyncio.create_task(self._serve())
         await send({"type": "lifespan.startup.complete"})  # only then does Envoy listen
         await receive()
         serving.cancel()  # done already, unless Envoy ends by itself
@@ -61,10 +62,10 @@ class Application:
         self._transport.watch_ended(self._ended_fd)
         return self._transport
 
-    async def _serve(self, server: life.Server) -> None:
+    async def _serve(self) -> None:
         """Serve from start to drain, then end Envoy; its exit status is 0, so what goes wrong ends the process here."""
         try:
-            await life.serve(server, _watch_signals)
+            await life.serve(self.server, _watch_signals)
         except StartError as error:
             _log.error("cannot start: %s", error)
         except Exception:  # noqa: BLE001 - the process ends with it

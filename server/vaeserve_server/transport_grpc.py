@@ -26,7 +26,6 @@ class GrpcTransport:
     """One listening port: `start`, `refuse`, `close`, once each."""
 
     def __init__(self, calls: Calls, health_service: health.Health, max_message_bytes: int) -> None:
-        self._health = health_service
         self._server = grpc.aio.server(
             options=[
                 ("grpc.so_reuseport", 0),  # or a second server starts on the same port and takes half of the calls
@@ -59,7 +58,6 @@ class GrpcTransport:
 
     async def close(self) -> None:
         """After `refuse`: give answers a moment to be sent, and cut off what is left, streams above all."""
-        self._health.close()
         await asyncio.wait({self._stopping}, timeout=_LAST_BYTES_S)
         if not self._stopping.done():
             await self._server.stop(None)

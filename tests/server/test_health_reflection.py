@@ -55,6 +55,7 @@ def test_watchers_hear_of_the_end_whoever_else_left_before(several_models: Path)
         channel.close()
 
 
+@pytest.mark.in_process
 def test_while_models_load_health_says_so_and_calls_are_unavailable(
     several_models: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

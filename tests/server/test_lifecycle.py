@@ -17,6 +17,7 @@ from pathlib import Path
 import grpc
 import numpy as np
 import pytest
+import serving
 from bundles import ENCODER, slow_encoder, write_bundle
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from serving import running_server
@@ -27,6 +28,7 @@ from vaeserve.v1 import vae_pb2_grpc
 Stub = vae_pb2_grpc.VaeServiceStub
 IMAGE, LATENT = (1, 4, 4), (3,)
 ENVIRONMENT = {name: value for name, value in os.environ.items() if not name.startswith(("VAESERVE_", "GRPC_"))}
+ENVIRONMENT |= {"VAESERVE_TRANSPORT": serving.default_transport}
 COMMAND = [sys.executable, "-m", "vaeserve_server"]
 
 

@@ -137,6 +137,7 @@ def test_a_call_larger_than_the_queue_is_told_not_to_come_back(slow_server: Runn
     assert dict(error.trailing_metadata())["grpc-retry-pushback-ms"] == "-1"
 
 
+@pytest.mark.in_process
 def test_a_run_that_fails_fails_its_own_call_and_tells_it_nothing(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -1,0 +1,30 @@
+"""The server as it runs inside Envoy, and beside its methods one that tells a test what no client could see."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from envoy_serving import PROBE
+from vaeserve_server.envoy_main import app as served
+from vaeserve_server.transport_envoy import Stream
+
+
+async def app(
+    scope: dict[str, Any],
+    receive: Callable[[], Awaitable[dict[str, Any]]],
+    send: Callable[[dict[str, Any]], Awaitable[None]],
+) -> None:
+    if scope.get("path") != PROBE:
+        await served(scope, receive, send)
+        return
+    repository, pool = served.server.repository, served.server._pool
+    assert repository is not None
+    assert pool is not None
+    state = {
+        "queued_rows": [engine.queued_rows() for engine in repository.engines],
+        "threads": pool.threads,
+        "free_threads": pool._free,
+    }
+    await Stream(receive, send, max_message_bytes=0).reply(json.dumps(state).encode())
