@@ -113,7 +113,12 @@ def trainer(*arguments: str) -> None:
     """Run one command of `vaeserve-train` to its end; StepError if it fails."""
     command = [sys.executable, "-m", "vaeserve_training", *arguments]
     print(f"\n$ vaeserve-train {shlex.join(arguments)}", flush=True)
-    status = subprocess.run(command, check=False).returncode
+    with subprocess.Popen(command) as process:
+        try:
+            status = process.wait()
+        except KeyboardInterrupt:
+            process.wait()  # it got the Ctrl-C too, and is saving
+            raise
     if status == 130:
         raise KeyboardInterrupt
     if status:
@@ -130,16 +135,23 @@ def serving(models: Path, log: Path) -> Iterator[str]:
     limit = threading.Timer(START_S, server.kill)
     limit.start()
     try:
-        line = server.stdout.readline() if server.stdout else ""
+        target = read_target(server)
         limit.cancel()
-        found = re.search(r" on (\S+:\d+)", line)
-        if not found:
+        if target is None:
             raise StepError(f"the server did not start; {last_words(log)}")
-        print(line.strip(), flush=True)
-        yield found[1]
+        yield target
     finally:
         limit.cancel()
         stop(server, log)
+
+
+def read_target(server: subprocess.Popen[str]) -> str | None:
+    """Return the address that a server says it serves on; None if it ends without."""
+    for line in server.stdout or ():
+        print(line.rstrip(), flush=True)
+        if found := re.match(r"serving .* on (\S+:\d+)", line):
+            return found[1]
+    return None
 
 
 def stop(server: subprocess.Popen[str], log: Path) -> None:
