@@ -20,22 +20,22 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from vaeserve_server.checks import Array, Floats
+from vaeserve_server.checks import Array, Floats, is_finite
 from vaeserve_server.errors import CallError, DeadlineError, GraphRunError, NotServingError, QueueFullError
 from vaeserve_server.executor import RunPool
 
 Outputs = tuple[Array, ...]
 RunGraph = Callable[[Floats], Sequence[Floats]]
 
-# Below this a run costs more in overhead than a second thread gains.
-_MIN_SHARED_ROWS = 16
+# A run shorter than this costs more in hand-over than another thread gains, so its rows rather join another run.
+_WORTH_A_THREAD_S = 0.001
 _FIRST_RETRY_S = 0.05
 _MIN_RETRY_S = 0.005
 _MAX_RETRY_S = 10.0
 
 
 class Work(Protocol):
-    """The rows of one call. `write` and `finish` run in a worker thread, on any piece of the call and in any order."""
+    """The rows of one call. All but `rows` is called in worker threads, on any piece of the call and in any order."""
 
     rows: int
 
@@ -43,10 +43,10 @@ class Work(Protocol):
         """Write the graph's input for rows start..stop into `out` `(stop - start, ...)`."""
 
     def finish(self, start: int, batch: Floats, outputs: Sequence[Floats]) -> Outputs:
-        """Return the answer for the rows from `start` on, given the graph's input and outputs for them.
+        """Return the answer for the rows from `start` on, given the graph's input and finite outputs for them."""
 
-        What it raises is the answer of this call, and of no other.
-        """
+    def refuse(self, start: int, batch: Floats, outputs: Sequence[Floats]) -> CallError | GraphRunError:
+        """Return the error of this call if the graph's outputs for the rows from `start` on are not finite."""
 
 
 class Job:
@@ -94,12 +94,13 @@ class Batcher:
         self._wait_s = wait_s
         self._timer: asyncio.TimerHandle | None = None
         self._queue: OrderedDict[Job, None] = OrderedDict()  # a deque that any member can leave at once
-        self._rows_per_s = 0.0
+        self._running = 0
+        self._row_s = 0.0  # time of one row in one thread, as the last runs had it; 0 until there was one
 
     async def submit(self, work: Work, deadline: float = math.inf) -> Outputs:
         """Return the answer to `work`, once its rows have been through the graph.
 
-        `deadline` is in the loop's time. Raises QueueFullError, DeadlineError, GraphRunError, or what `finish` raises.
+        `deadline` is in the loop's time. Raises QueueFullError, DeadlineError, GraphRunError, or what `refuse` returns.
         """
         if self.queued_rows + work.rows > self._max_queue_rows:
             raise self._queue_full(work.rows)
@@ -120,8 +121,14 @@ class Batcher:
         return bool(self._queue)
 
     def take(self, free_threads: int) -> BatchRun | None:
-        """Return a run of the rows that have waited longest, at most a fair share of them for one of `free_threads`."""
-        share = max(_MIN_SHARED_ROWS, -(-self.queued_rows // free_threads))
+        """Return a run of the rows that have waited longest, at most a fair share of them for one of `free_threads`.
+
+        None also if a run is on and what waits is better run together with what comes until its end.
+        """
+        worthwhile = int(self.queued_rows * self._row_s / _WORTH_A_THREAD_S) if self._row_s else free_threads
+        if self._running and not worthwhile:
+            return None
+        share = -(-self.queued_rows // max(1, min(free_threads, worthwhile)))
         limit = min(share, self._max_batch_rows)
         now = self._loop.time()
         pieces: list[Piece] = []
@@ -141,7 +148,10 @@ class Batcher:
             else:
                 self._queue.move_to_end(job)
         self.queued_rows -= rows
-        return BatchRun(self, pieces, rows) if pieces else None
+        if not pieces:
+            return None
+        self._running += 1
+        return BatchRun(self, pieces, rows)
 
     def compute(self, pieces: Sequence[Piece], rows: int) -> list[Outputs | Exception]:
         """Return each piece's answer or its error, in order, from one run of the graph. Called in a worker thread."""
@@ -151,14 +161,16 @@ class Batcher:
             job.work.write(start, stop, batch[position : position + stop - start])
             position += stop - start
         outputs = self._graph(batch)
+        sound = all(map(is_finite, outputs))  # once for all, as it nearly always is
         answers: list[Outputs | Exception] = []
         position = 0
         for job, start, stop in pieces:
             own = slice(position, position + stop - start)
-            try:
-                answers.append(job.work.finish(start, batch[own], [output[own] for output in outputs]))
-            except CallError as error:
-                answers.append(error)
+            own_outputs = [output[own] for output in outputs]
+            if sound or all(map(is_finite, own_outputs)):
+                answers.append(job.work.finish(start, batch[own], own_outputs))
+            else:
+                answers.append(job.work.refuse(start, batch[own], own_outputs))
             position += stop - start
         return answers
 
@@ -169,8 +181,11 @@ class Batcher:
                 self._fail(piece.job, answer)
             else:
                 _deliver(piece, answer)
-        rows_per_s = sum(piece.stop - piece.start for piece in pieces) / max(seconds, 1e-6) * self._pool.threads
-        self._rows_per_s = 0.8 * self._rows_per_s + 0.2 * rows_per_s if self._rows_per_s else rows_per_s
+        row_s = seconds / sum(piece.stop - piece.start for piece in pieces)
+        self._row_s = 0.8 * self._row_s + 0.2 * row_s if self._row_s else row_s
+        self._running -= 1
+        if self._queue:
+            self._pool.wake(self)
 
     def close(self) -> None:
         """Refuse every call that still waits."""
@@ -203,7 +218,7 @@ class Batcher:
                 f"the call has {rows} rows but the queue holds {self._max_queue_rows}; send fewer rows in one call"
             )
             return QueueFullError(message, None)
-        clear_s = self.queued_rows / self._rows_per_s if self._rows_per_s else _FIRST_RETRY_S
+        clear_s = self.queued_rows * self._row_s / self._pool.threads if self._row_s else _FIRST_RETRY_S
         # Spread out, or all who were refused together come back together.
         retry_after_s = min(max(clear_s, _MIN_RETRY_S), _MAX_RETRY_S) * random.uniform(1.0, 1.5)
         return QueueFullError(

@@ -14,7 +14,7 @@ import numpy as np
 
 from vaeserve_server import noise
 from vaeserve_server.batcher import Outputs
-from vaeserve_server.checks import Array, Floats, first, is_finite
+from vaeserve_server.checks import Array, Floats, first
 from vaeserve_server.errors import GraphRunError, InvalidInputError
 
 DType = np.dtype[Any]
@@ -51,14 +51,16 @@ class EncodeWork:
     def finish(self, start: int, batch: Floats, outputs: Sequence[Floats]) -> Outputs:
         """Return mean and stddev, and the latents if they are wanted."""
         mean, stddev = outputs
-        if not (is_finite(mean) and is_finite(stddev)):  # no image in 0..1 is at fault
-            raise GraphRunError("the encoder's output is not finite")
         if self._draw is None:
             return mean, stddev
         latents = standard_normal(self._draw, start, len(mean), self._latent_shape)
         latents *= stddev
         latents += mean
         return mean, stddev, latents
+
+    def refuse(self, start: int, batch: Floats, outputs: Sequence[Floats]) -> GraphRunError:
+        """Blame the graph: no image in 0..1 is at fault."""
+        return GraphRunError("the encoder's output is not finite")
 
 
 class DecodeWork:
@@ -78,7 +80,11 @@ class DecodeWork:
 
     def finish(self, start: int, batch: Floats, outputs: Sequence[Floats]) -> Outputs:
         """Return the images in the type that was asked for."""
-        return (_as_images(outputs[0], self._image_dtype, start, batch, self._field),)
+        return (_as_images(outputs[0], self._image_dtype),)
+
+    def refuse(self, start: int, batch: Floats, outputs: Sequence[Floats]) -> InvalidInputError:
+        """Name the row that drove the decoder out of float32."""
+        return _too_far_out(self._field, start, batch, outputs[0])
 
 
 class NoiseWork:
@@ -106,7 +112,11 @@ class NoiseWork:
 
     def finish(self, start: int, batch: Floats, outputs: Sequence[Floats]) -> Outputs:
         """Return the images and the latents that they came from."""
-        return _as_images(outputs[0], self._image_dtype, start, batch, "temperature"), batch
+        return _as_images(outputs[0], self._image_dtype), batch
+
+    def refuse(self, start: int, batch: Floats, outputs: Sequence[Floats]) -> InvalidInputError:
+        """Name the row that drove the decoder out of float32."""
+        return _too_far_out("temperature", start, batch, outputs[0])
 
 
 class PriorWork(NoiseWork):
@@ -119,12 +129,11 @@ class PriorWork(NoiseWork):
 
     def finish(self, start: int, batch: Floats, outputs: Sequence[Floats]) -> Outputs:
         """Return the latents."""
-        (latents,) = outputs
-        if not is_finite(latents):
-            raise InvalidInputError(
-                "temperature", "temperature is so high that the fitted prior's latents are not finite"
-            )
-        return (latents,)
+        return (outputs[0],)
+
+    def refuse(self, start: int, batch: Floats, outputs: Sequence[Floats]) -> InvalidInputError:
+        """Blame the temperature."""
+        return InvalidInputError("temperature", "temperature is so high that the prior's latents are not finite")
 
 
 def standard_normal(draw: Noise, start: int, rows: int, latent_shape: tuple[int, ...]) -> Floats:
@@ -133,18 +142,19 @@ def standard_normal(draw: Noise, start: int, rows: int, latent_shape: tuple[int,
     return noise.standard_normal(draw.seed, draw.first_row + start, rows, size).reshape(rows, *latent_shape)
 
 
-def _as_images(images: Floats, dtype: DType, start: int, batch: Floats, field: str) -> Array:
-    """Return float32 images in 0..1 as `dtype`; InvalidInputError if the latents drove the decoder out of float32."""
-    if not is_finite(images):
-        row, _ = first(images, ~np.isfinite(images))
-        largest = float(np.abs(batch[row]).max())
-        raise InvalidInputError(
-            field,
-            f"row {start + row} has a latent as large as {largest:.3g} and its image is not finite; "
-            "latents are of order 1",
-        )
+def _as_images(images: Floats, dtype: DType) -> Array:
+    """Return float32 images in 0..1 as `dtype`, uint8 rounded half to even."""
     if dtype == UINT8:
         levels = images * np.float32(255)
         np.rint(levels, out=levels)
         return np.clip(levels, 0, 255, out=levels).astype(np.uint8)
     return images if dtype == FLOAT32 else images.astype(dtype)
+
+
+def _too_far_out(field: str, start: int, batch: Floats, images: Floats) -> InvalidInputError:
+    row, _ = first(images, ~np.isfinite(images))
+    largest = float(np.abs(batch[row]).max())
+    return InvalidInputError(
+        field,
+        f"row {start + row} has a latent as large as {largest:.3g} and its image is not finite; latents are of order 1",
+    )

@@ -5,6 +5,7 @@ The graphs are small but honest: every row's answer depends on that row alone an
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -216,5 +217,10 @@ def _weight(rows: int, columns: int) -> np.ndarray:
 
 def run_directly(folder: Path, role: int, batch: np.ndarray) -> list[np.ndarray]:
     """Return what ONNX Runtime gives for `batch`, with nothing of the server between."""
-    session = onnxruntime.InferenceSession(folder / FILES[role], providers=["CPUExecutionProvider"])
+    session = _session(folder / FILES[role])
     return session.run(None, {session.get_inputs()[0].name: batch.astype(np.float32)})
+
+
+@functools.cache
+def _session(file: Path) -> onnxruntime.InferenceSession:
+    return onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])

@@ -32,6 +32,9 @@ class Rows:
         assert np.array_equal(batch, self.values[start : start + len(batch)])
         return outputs[0], batch
 
+    def refuse(self, start: int, batch: Floats, outputs: Sequence[Floats]) -> InvalidInputError:
+        return InvalidInputError("rows", f"row {start + int(np.argmin(np.isfinite(outputs[0])))}")
+
 
 class Gate:
     """A graph, x -> 2 x + 1, that runs only while it is open and remembers the batches it ran."""
@@ -284,22 +287,44 @@ def test_a_poisoned_row_fails_its_own_call_only() -> None:
     with_batcher(scenario, gate)
 
 
-def test_what_finish_refuses_fails_its_own_call_without_another_run() -> None:
+def test_an_answer_that_is_not_finite_fails_its_own_call_without_another_run() -> None:
     gate = Gate()
-
-    class Refusing(Rows):
-        def finish(self, start: int, batch: Floats, outputs: Sequence[Floats]) -> Outputs:
-            raise InvalidInputError("latents", "no")
 
     async def scenario(batcher: Batcher) -> None:
         refused, answered = await asyncio.gather(
-            batcher.submit(Refusing([1])), batcher.submit(Rows([2])), return_exceptions=True
+            batcher.submit(Rows([1, math.inf])), batcher.submit(Rows([2])), return_exceptions=True
         )
         assert isinstance(refused, InvalidInputError)
+        assert str(refused) == "row 1"
         assert answered[0].item() == 5  # type: ignore[index,union-attr]
 
     with_batcher(scenario, gate)
-    assert gate.batches == [[1, 2]]
+    assert gate.batches == [[1, math.inf, 2]]
+
+
+def test_rows_that_are_not_worth_a_thread_join_the_next_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter([0.0, 0.0001])  # the first run, of one row
+    monkeypatch.setattr("vaeserve_server.batcher.time", SimpleNamespace(perf_counter=lambda: next(clock, 0.0)))
+    gate = Gate()
+
+    async def scenario(batcher: Batcher) -> None:
+        await batcher.submit(Rows([0]))
+        gate.close()
+        await gate.until_entered()
+        calls = [asyncio.create_task(batcher.submit(Rows([1])))]
+        await gate.until_entered()
+        for i in range(2, 11):  # at most 0.9 ms: a second thread stays idle
+            calls.append(asyncio.create_task(batcher.submit(Rows([i]))))
+            await settle()
+        assert batcher.queued_rows == 9
+        calls.append(asyncio.create_task(batcher.submit(Rows([11]))))
+        await gate.until_entered()  # 1 ms is worth it
+        assert batcher.queued_rows == 0
+        gate.open()
+        await asyncio.gather(*calls)
+
+    with_batcher(scenario, gate, threads=2)
+    assert sorted(gate.batches, key=len) == [[0], [1], list(range(2, 12))]
 
 
 def test_a_failed_piece_fails_the_call_and_drops_its_rest() -> None:
