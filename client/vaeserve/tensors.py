@@ -66,12 +66,10 @@ def from_tensor(tensor: vae_pb2.Tensor) -> NDArray[np.generic]:
     if any(length < 0 for length in shape):
         raise TensorError("shape", f"shape {shape} has a negative axis")
     expected_bytes = math.prod(shape) * dtype.itemsize  # Python integers: no overflow
-    if len(tensor.data) != expected_bytes:
-        raise TensorError(
-            "data",
-            f"data has {len(tensor.data)} bytes; shape {shape} of {dtype.name} takes {expected_bytes}",
-        )
+    data = tensor.data  # once: protobuf makes another copy each time
+    if len(data) != expected_bytes:
+        raise TensorError("data", f"data has {len(data)} bytes; shape {shape} of {dtype.name} takes {expected_bytes}")
     try:
-        return np.frombuffer(tensor.data, dtype=dtype).reshape(shape)
+        return np.frombuffer(data, dtype=dtype).reshape(shape)
     except ValueError:  # an axis of zero rows beside others whose product overflows NumPy's index type
         raise TensorError("shape", f"shape {shape} is too large") from None
