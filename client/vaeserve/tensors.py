@@ -9,6 +9,7 @@ import math
 
 import numpy as np
 from numpy.typing import NDArray
+
 from vaeserve.v1 import vae_pb2
 
 FLOAT32 = vae_pb2.DATA_TYPE_FLOAT32
