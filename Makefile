@@ -9,7 +9,7 @@ ARGS   ?=
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help run serve test lint format protos protos-released test-protobuf7 test-compose build clean
+.PHONY: help run serve test bench bench-gpu lint format protos protos-released test-protobuf7 test-compose build clean
 
 help: ## Show this list
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 18
@@ -39,6 +39,12 @@ serve: $(VENV)/.user ## Serve ./models on 127.0.0.1:50051
 test: $(VENV)/.dev ## Lint, types and the whole test suite
 	@$(MAKE) --no-print-directory lint
 	@$(BIN)/python -m pytest $(ARGS)
+
+bench: $(VENV)/.user ## How fast ./models is served, in ratios: runs/bench/results.json (ARGS="--quick" for a smoke)
+	@$(BIN)/python tests/benchmarks/bench.py $(ARGS)
+
+bench-gpu: $(VENV)/.user ## The same on a GPU, where there is one: runs/bench/results-gpu.json
+	@$(BIN)/python tests/benchmarks/bench.py --device cuda $(ARGS)
 
 lint: $(VENV)/.dev ## ruff, mypy --strict, buf
 	@$(BIN)/ruff check .

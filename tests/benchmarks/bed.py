@@ -1,0 +1,262 @@
+"""The test bed: one model, and the processes that serve, imitate, call and drive it, each started when needed."""
+
+from __future__ import annotations
+
+import base64
+import importlib.util
+import os
+import re
+import sys
+import time
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NamedTuple, Self
+
+import grpc
+import h2load
+import traffic
+from children import BenchError, Child, worker
+from traffic import SERVICE, VERBS, Model, Verb
+from vaeserve.v1 import vae_pb2
+from vaeserve_server.cores import available_cores
+
+GRPC, ENVOY, ECHO = "grpc", "envoy", "echo"
+_PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+_CHANNEL_OPTIONS = [("grpc.max_receive_message_length", -1), ("grpc.enable_http_proxy", 0)]
+_CALL_S = 60.0
+_PROBE_CALLS = 64
+
+
+class Effort(NamedTuple):
+    """How long to measure: `seconds` a value, in so many rounds; and the length of the long iterator."""
+
+    seconds: float
+    rounds: int
+    stream_rows: int
+
+
+@dataclass(frozen=True)
+class Server:
+    """A server under test, or the echo."""
+
+    transport: str
+    port: int
+    child: Child
+    channel: grpc.Channel
+
+    @property
+    def target(self) -> str:
+        """Where it is, for the SDK."""
+        return f"127.0.0.1:{self.port}"
+
+    def call(self, method: str, request: bytes) -> bytes:
+        """Make one call by grpcio; BenchError with its status if it fails."""
+        try:
+            answer: bytes = self.channel.unary_unary(f"/{SERVICE}/{method}", None, None)(request, timeout=_CALL_S)
+        except grpc.RpcError as error:
+            assert isinstance(error, grpc.Call)
+            raise BenchError(f"{method} over {self.transport} failed: {error.code().name}: {error.details()}") from None
+        return answer
+
+
+class Sent(NamedTuple):
+    """A request as the load generators take it, and the length of its framed answer."""
+
+    path: str
+    body_file: Path
+    answer_bytes: int
+
+
+class Bed:
+    """Everything that workloads measure with. Figures that cannot be had are noted in `skipped`, with the reason."""
+
+    def __init__(self, model: Model, models: Path, folder: Path, device: str, effort: Effort) -> None:
+        self.model = model
+        self.effort = effort
+        self.device = device
+        self.skipped: dict[str, str] = {}
+        self._models = models
+        self._folder = folder
+        self._stack = ExitStack()
+        self._requests: dict[tuple[str, int], Path] = {}
+        self._of_workers: dict[int, Server] = {}
+        cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+        self._load_core = cores[-1] if len(cores) > 1 else None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stack.close()
+
+    @cached_property
+    def servers(self) -> list[Server]:
+        """One server for each transport that there is."""
+        found = [self.serve(GRPC)]
+        if importlib.util.find_spec("pyvoy") is None:
+            self.skipped["transport envoy"] = 'it is not installed; pip install "vaeserve[envoy]"'
+            return found
+        try:
+            return [*found, self.serve(ENVOY)]
+        except BenchError as error:
+            self.skipped["transport envoy"] = str(error)
+            return found
+
+    @cached_property
+    def echo(self) -> Server:
+        """A bare grpcio server that gives our answers to requests of one row."""
+        ours = self.servers[0]
+        answers = {"GetModel": ours.call("GetModel", b"")}
+        answers |= {verb.method: ours.call(verb.method, self._request(verb, 1).read_bytes()[5:]) for verb in VERBS}
+        child = self._stack.enter_context(worker("echo_server.py", self._folder / "echo.log"))
+        encoded = {method: base64.b64encode(answer).decode() for method, answer in answers.items()}
+        return self._server(ECHO, child, child.ask(**encoded)["port"])
+
+    @cached_property
+    def onnxruntime(self) -> Child:
+        """ONNX Runtime alone on the same graphs."""
+        log = self._folder / "onnxruntime.log"
+        arguments = [str(self.model.folder), _PROVIDERS[self.device], str(available_cores())]
+        return self._stack.enter_context(worker("onnxruntime_alone.py", log, *arguments))
+
+    @cached_property
+    def sdk(self) -> Child:
+        """A program that uses the SDK."""
+        return self._stack.enter_context(self.new_sdk())
+
+    @cached_property
+    def max_rows(self) -> int:
+        """The most rows that one call may carry."""
+        answer = vae_pb2.GetModelResponse.FromString(self.servers[0].call("GetModel", b""))
+        return answer.serving.max_rows_per_call
+
+    def new_sdk(self) -> Child:
+        """Start another such program, with fresh memory; the caller's to stop."""
+        return worker("sdk_worker.py", self._folder / "sdk.log")
+
+    def workers(self, count: int) -> Server:
+        """Return a server of `count` processes."""
+        if count not in self._of_workers:
+            self._of_workers[count] = self.serve(GRPC, f"--workers={count}")
+        return self._of_workers[count]
+
+    def serve(self, transport: str, *flags: str) -> Server:
+        """Start a server and return it once it is ready; it runs until the end."""
+        child = self._stack.enter_context(self.new_server(transport, *flags))
+        return self._server(transport, child, port_of(child.line()))
+
+    def new_server(self, transport: str, *flags: str) -> Child:
+        """Start a server that is not ready yet; the caller's to stop."""
+        command = [sys.executable, "-m", "vaeserve_server", f"--models={self._models}", "--port=0"]
+        command += [f"--device={self.device}", f"--transport={transport}", "--log-level=warning", *flags]
+        return Child(command, self._folder / f"server-{transport}.log")
+
+    def first_answer_s(self, transport: str) -> float:
+        """Return the time from a server's start to its first answer."""
+        began = time.perf_counter()
+        with self.new_server(transport) as child, self._channel(port_of(child.line())) as channel:
+            verb = VERBS[0]
+            Server(transport, 0, child, channel).call(verb.method, self._request(verb, 1).read_bytes()[5:])
+            return time.perf_counter() - began
+
+    def verified(self, server: Server, verb: Verb, rows: int) -> Sent:
+        """Make one call and check its answer; return what the load generators need to make many."""
+        body_file = self._request(verb, rows)
+        answer = server.call(verb.method, body_file.read_bytes()[5:])
+        traffic.check(verb, self.model, rows, answer)
+        return Sent(verb.path, body_file, len(traffic.framed(answer)))
+
+    def closed_loop(
+        self, server: Server, verb: Verb, rows: int, in_flight: int, *, connections: int = 1, share: float = 1.0
+    ) -> dict[str, float]:
+        """Return calls_per_s with `in_flight` calls under way, and the generator's cpu_share; `share` of the time."""
+        sent = self.verified(server, verb, rows)
+        probe = self._drive(server, sent, in_flight, connections, max(_PROBE_CALLS, 2 * in_flight))
+        calls = max(in_flight, round(probe["calls_per_s"] * self.effort.seconds * share))
+        return self._drive(server, sent, in_flight, connections, calls)
+
+    def open_loop(self, server: Server, verb: Verb, calls_per_s: float, seed: int) -> dict[str, float]:
+        """Return the times in ms (p50, p99, p99.9) of calls that arrive at random, `calls_per_s` on average."""
+        sent = self.verified(server, verb, 1)
+        answer: dict[str, float] = self._http2_load.ask(
+            do="open",
+            port=server.port,
+            path=sent.path,
+            body_file=str(sent.body_file),
+            answer_bytes=sent.answer_bytes,
+            calls_per_s=calls_per_s,
+            calls=round(calls_per_s * 2 * self.effort.seconds),
+            seed=seed,
+        )
+        return answer
+
+    def ask_sdk(self, do: str, server: Server, verb: Verb, **arguments: Any) -> dict[str, float]:
+        """Have the SDK do something with a verb."""
+        answer: dict[str, float] = self.sdk.ask(
+            do=do,
+            target=server.target,
+            bundle=str(self.model.folder),
+            verb=verb.name,
+            seconds=self.effort.seconds,
+            **arguments,
+        )
+        return answer
+
+    def bare_call_us(self, server: Server, verb: Verb) -> float:
+        """Return the time of one blocking call of one row by grpcio without the SDK."""
+        answer: dict[str, float] = self.sdk.ask(
+            do="bare_one_at_a_time",
+            target=server.target,
+            path=verb.path,
+            body_file=str(self._request(verb, 1)),
+            seconds=self.effort.seconds,
+        )
+        return answer["us_per_call"]
+
+    @cached_property
+    def _http2_load(self) -> Child:
+        core = [] if self._load_core is None else [str(self._load_core)]
+        return self._stack.enter_context(worker("http2_load.py", self._folder / "http2_load.log", *core))
+
+    def _drive(self, server: Server, sent: Sent, in_flight: int, connections: int, calls: int) -> dict[str, float]:
+        arguments: dict[str, Any] = {
+            "port": server.port,
+            "path": sent.path,
+            "body_file": str(sent.body_file),
+            "answer_bytes": sent.answer_bytes,
+            "in_flight": in_flight,
+            "connections": connections,
+            "calls": calls,
+        }
+        if h2load.find():
+            return h2load.closed_loop(**arguments, core=self._load_core)
+        answer: dict[str, float] = self._http2_load.ask(do="closed", **arguments)
+        return answer
+
+    def _request(self, verb: Verb, rows: int) -> Path:
+        """Return the file that has a framed request of so many rows."""
+        key = (verb.name, rows)
+        if key not in self._requests:
+            self._requests[key] = path = self._folder / f"{verb.name}-{rows}.bin"
+            path.write_bytes(traffic.framed(verb.request(self.model, rows).SerializeToString()))
+        return self._requests[key]
+
+    def _server(self, transport: str, child: Child, port: int) -> Server:
+        return Server(transport, port, child, self._stack.enter_context(self._channel(port)))
+
+    @staticmethod
+    def _channel(port: int) -> grpc.Channel:
+        return grpc.insecure_channel(f"127.0.0.1:{port}", _CHANNEL_OPTIONS)
+
+
+def port_of(ready_line: str) -> int:
+    """Return the port that a server's ready line names."""
+    found = re.search(r":(\d+) ", ready_line)
+    if not found:
+        raise BenchError(f"the server's first line names no port: {ready_line!r}")
+    return int(found[1])

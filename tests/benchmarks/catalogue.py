@@ -1,0 +1,232 @@
+"""What is measured, in groups. A group measures both sides of its ratios, one right after the other."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
+from typing import NamedTuple
+
+import numpy as np
+from bed import ECHO, GRPC, Bed, port_of
+from table import Bound, Measured
+from traffic import VERBS, Verb
+from vaeserve import AsyncClient
+from vaeserve_server.settings import Settings
+
+ALONE = "onnxruntime"
+_IN_FLIGHT = (1, 8, 32, 128)
+_LOADS_PERCENT = (50, 70, 90)
+_BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
+_CALL_ROWS = (1, 4, 16, 64, 256, 512)
+_BULK_ROWS = 8192
+_BULK_BYTES = 2**27
+_TASKS = 64
+_CONNECTIONS = 8
+_MB = 1e6
+
+
+class Group(NamedTuple):
+    """Measurements that belong together. `needs` names groups whose values are baselines; `once`: in one round only."""
+
+    name: str
+    measure: Callable[[Bed], Iterable[Measured]]
+    needs: tuple[str, ...] = ()
+    once: bool = False
+
+
+def groups(device: str) -> list[Group]:
+    """Return all groups for a device, in the order in which they are measured."""
+    if device == "cuda":
+        return _gpu_groups()
+    return [
+        *_alone_groups(),
+        *(group for verb in VERBS for group in _verb_groups(verb)),
+        Group("first-answer", first_answer),
+        Group("workers", partial(workers, VERBS[0])),
+        Group("stream", stream, once=True),
+    ]
+
+
+def with_needs(groups: Sequence[Group], chosen: Sequence[Group]) -> list[Group]:
+    """Return the chosen groups and those they need."""
+    names = {group.name for group in chosen} | {name for group in chosen for name in group.needs}
+    return [group for group in groups if group.name in names]
+
+
+def _alone_groups() -> list[Group]:
+    return [Group(f"{ALONE}-{graph}", partial(onnxruntime_alone, graph)) for graph in ("encoder", "decoder")]
+
+
+def _verb_groups(verb: Verb) -> list[Group]:
+    alone = (f"{ALONE}-{verb.graph}",)
+    return [
+        Group(f"{verb.name}-in-flight", partial(in_flight, verb)),
+        Group(f"{verb.name}-open-loop", partial(open_loop, verb)),
+        Group(f"{verb.name}-batch", partial(batch, verb), alone),
+        Group(f"{verb.name}-bulk", partial(bulk, verb, None), alone),
+        Group(f"{verb.name}-one-at-a-time", partial(one_at_a_time, verb)),
+        Group(f"{verb.name}-tasks", partial(tasks, verb)),
+    ]
+
+
+def _gpu_groups() -> list[Group]:
+    encode, decode, _ = VERBS
+    return [
+        *_alone_groups(),
+        Group("encode-rows-256", partial(bulk, encode, 256), (f"{ALONE}-encoder",)),
+        Group("decode-rows-256", partial(bulk, decode, 256), (f"{ALONE}-decoder",)),
+        *(Group(f"{verb.name}-in-flight", partial(in_flight, verb)) for verb in VERBS),
+        Group("first-answer", first_answer),
+    ]
+
+
+def onnxruntime_alone(graph: str, bed: Bed) -> Iterator[Measured]:
+    """ONNX Runtime in process: at each batch size the best of its settings, and the best of all."""
+    batches = [rows for rows in _BATCHES if rows <= bed.max_rows]
+    answer = bed.onnxruntime.ask(do="measure", graph=graph, batches=batches, seconds=bed.effort.seconds / 8)
+    best_of_all = 0.0
+    for rows in batches:
+        settings: dict[str, float] = answer[str(rows)]
+        best = max(settings, key=settings.__getitem__)
+        best_of_all = max(best_of_all, settings[best])
+        note = f"threads in a run x runs at once: {best}"
+        yield Measured(f"{graph}, batch {rows}", ALONE, settings[best], "images/s", note=note)
+    yield Measured(f"{graph}, best batch", ALONE, best_of_all, "images/s")
+
+
+def in_flight(verb: Verb, bed: Bed) -> Iterator[Measured]:
+    """Calls of one row, closed loop, beside the bare echo of the same bytes."""
+    for count in _IN_FLIGHT:
+        workload = f"{verb.name}, {count} in flight"
+        for server in (bed.echo, *bed.servers):
+            bound = None
+            if server.transport == GRPC and verb.name == "encode" and count == 32:
+                bound = Bound(">=", 0.8 if bed.device == "cuda" else 0.75)
+            got = bed.closed_loop(server, verb, 1, count)
+            baseline = None if server is bed.echo else (workload, ECHO)
+            yield Measured(workload, server.transport, got["calls_per_s"], "calls/s", baseline, bound, got["cpu_share"])
+
+
+def open_loop(verb: Verb, bed: Bed) -> Iterator[Measured]:
+    """Calls of one row that arrive at random at a share of capacity, which is the closed loop's speed just before."""
+    for server in bed.servers:
+        full = bed.closed_loop(server, verb, 1, max(_IN_FLIGHT))
+        capacity = full["calls_per_s"]
+        yield Measured(f"{verb.name}, capacity", server.transport, capacity, "calls/s", cpu_share=full["cpu_share"])
+        for percent in _LOADS_PERCENT:
+            workload = f"{verb.name}, open loop at {percent} %"
+            got = bed.open_loop(server, verb, capacity * percent / 100, seed=percent)
+            median = (f"{workload}, p50", server.transport)
+            for name in ("p50", "p99", "p99.9"):
+                bound = Bound("<=", 4.0) if (verb.name, percent, name) == ("encode", 70, "p99") else None
+                yield Measured(
+                    f"{workload}, {name}",
+                    server.transport,
+                    got[name],
+                    "ms",
+                    None if name == "p50" else median,
+                    bound,
+                    got["cpu_share"],
+                    note=f"the generator was at most {got['late_p99']:.2g} ms late in 99 % of its calls",
+                )
+
+
+def batch(verb: Verb, bed: Bed) -> Iterator[Measured]:
+    """Calls of many rows, one after another: what a row costs; and calls of 64 rows with 4 in flight."""
+    flights = [(rows, 1) for rows in _CALL_ROWS if rows <= bed.max_rows]
+    if bed.max_rows >= 64:
+        flights.append((64, 4))
+    for rows, count in flights:
+        for server in bed.servers:
+            bound = Bound(">=", 0.85) if (verb.name, rows, count) == ("encode", 64, 4) else None
+            got = bed.closed_loop(server, verb, rows, count, share=1.0 if rows == 64 else 0.5)
+            yield Measured(
+                f"{verb.name}, batch {rows}, {count} in flight",
+                server.transport,
+                rows * got["calls_per_s"],
+                "images/s",
+                (f"{verb.graph}, batch {rows}", ALONE),
+                bound,
+                got["cpu_share"],
+            )
+
+
+def bulk(verb: Verb, rows_per_call: int | None, bed: Bed) -> Iterator[Measured]:
+    """One array of many rows through the SDK, beside the best that ONNX Runtime does alone."""
+    image_bytes = 4 * int(np.prod(bed.model.card.image_shape))
+    rows = min(_BULK_ROWS, _BULK_BYTES // image_bytes)
+    alone = (f"{verb.graph}, best batch" if rows_per_call is None else f"{verb.graph}, batch {rows_per_call}", ALONE)
+    name = f"{verb.name}, bulk" if rows_per_call is None else f"{verb.name}, bulk, {rows_per_call} rows a call"
+    for server in bed.servers:
+        bound = None
+        if verb.name != "sample" and server.transport == GRPC:
+            bound = Bound(">=", 0.7 if bed.device == "cuda" else 0.8)
+        dtypes = ["float32"] if verb.name == "encode" else ["float32", "uint8"]
+        for dtype in dtypes:
+            got = bed.ask_sdk("bulk", server, verb, rows=rows, dtype=dtype, rows_per_call=rows_per_call)
+            workload = name if dtype == "float32" else f"{name}, uint8 images"
+            speed = got["images_per_s"]
+            yield Measured(workload, server.transport, speed, "images/s", alone, bound if dtype == "float32" else None)
+        if rows_per_call is None:
+            speed = bed.ask_sdk("bulk_asyncio", server, verb, rows=rows)["images_per_s"]
+            yield Measured(f"{name}, asyncio", server.transport, speed, "images/s", alone)
+
+
+def one_at_a_time(verb: Verb, bed: Bed) -> Iterator[Measured]:
+    """One blocking call after another: what the SDK adds to grpcio, against the echo and against each server."""
+    for server in (bed.echo, *bed.servers):
+        bare = (f"{verb.name}, one at a time, no SDK", server.transport)
+        bound = Bound("<=", 1.25) if server is bed.echo and verb.name == "encode" else None
+        yield Measured(*bare, bed.bare_call_us(server, verb), "us/call")
+        us = bed.ask_sdk("one_at_a_time", server, verb)["us_per_call"]
+        yield Measured(f"{verb.name}, one at a time", server.transport, us, "us/call", bare, bound)
+
+
+def tasks(verb: Verb, bed: Bed) -> Iterator[Measured]:
+    """Calls of one row by many tasks of one AsyncClient, each by itself and coalesced."""
+    for server in bed.servers:
+        plain = (f"{verb.name}, {_TASKS} tasks", server.transport)
+        got = bed.ask_sdk("tasks", server, verb, count=_TASKS, coalesce=False)
+        yield Measured(*plain, got["calls_per_s"], "calls/s")
+        if "coalesce" not in inspect.signature(AsyncClient).parameters:
+            bed.skipped["coalesced tasks"] = "this SDK's AsyncClient has no coalesce"
+            continue
+        got = bed.ask_sdk("tasks", server, verb, count=_TASKS, coalesce=True)
+        bound = Bound(">=", 4.0) if verb.name == "encode" and server.transport == GRPC else None
+        yield Measured(f"{plain[0]}, coalesced", server.transport, got["calls_per_s"], "calls/s", plain, bound)
+
+
+def first_answer(bed: Bed) -> Iterator[Measured]:
+    """From a server's start to its first answer."""
+    for server in bed.servers:
+        yield Measured("start to first answer", server.transport, bed.first_answer_s(server.transport), "s")
+
+
+def workers(verb: Verb, bed: Bed) -> Iterator[Measured]:
+    """Server processes on one port, with calls over several connections."""
+    if "workers" not in Settings.model_fields:
+        bed.skipped["workers"] = "this server has no --workers"
+        return
+    single = (f"{verb.name}, 128 in flight, 1 worker", GRPC)
+    for count, workload in ((1, single[0]), (2, f"{verb.name}, 128 in flight, 2 workers")):
+        server = bed.workers(count)
+        got = bed.closed_loop(server, verb, 1, 128, connections=_CONNECTIONS)
+        baseline = None if count == 1 else single
+        yield Measured(workload, GRPC, got["calls_per_s"], "calls/s", baseline, None, got["cpu_share"])
+
+
+def stream(bed: Bed) -> Iterator[Measured]:
+    """A long iterator through encode_stream, between processes that have done nothing before."""
+    rows = bed.effort.stream_rows
+    for transport in [server.transport for server in bed.servers]:
+        with bed.new_server(transport) as child, bed.new_sdk() as sdk:
+            target = f"127.0.0.1:{port_of(child.line())}"
+            got = sdk.ask(do="stream", target=target, bundle=str(bed.model.folder), server_pid=child.pid, rows=rows)
+        yield Measured(f"encode, iterator of {rows}", transport, got["images_per_s"], "images/s")
+        for side in ("client", "server"):
+            first = (f"{side}'s memory after 10000 images", transport)
+            yield Measured(*first, got[f"{side}_first_bytes"] / _MB, "MB")
+            end = got[f"{side}_end_bytes"] / _MB
+            bound = Bound("<=", 1.05) if transport == GRPC else None
+            yield Measured(f"{side}'s memory after {rows} images", transport, end, "MB", first, bound)

@@ -1,0 +1,141 @@
+"""The SDK under load, in a process of its own: what a user's program gets, its own share of the cores included."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import os
+import time
+from collections.abc import Awaitable, Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import children
+import grpc
+from numpy.typing import NDArray
+from traffic import SEED, Model
+from vaeserve import AsyncClient, Client
+
+STREAM_CHUNK_ROWS = 1000
+_MEMORY_ROWS = 10_000
+
+Array = NDArray[Any]
+
+
+def bulk(
+    *, target: str, bundle: str, verb: str, rows: int, dtype: str, rows_per_call: int | None, seconds: float
+) -> dict[str, float]:
+    """Call one verb on `rows` rows again and again; return images_per_s."""
+    with Client(target, rows_per_call=rows_per_call) as client:
+        call = _call(client, Model(Path(bundle)), verb, rows, dtype)
+        return {"images_per_s": rows * _repeat(call, seconds)}
+
+
+def bulk_asyncio(*, target: str, bundle: str, verb: str, rows: int, seconds: float) -> dict[str, float]:
+    """Do the same by AsyncClient."""
+
+    async def work() -> float:
+        async with AsyncClient(target) as client:
+            call = _call(client, Model(Path(bundle)), verb, rows)
+            return await _repeat_asyncio(call, seconds)
+
+    return {"images_per_s": rows * asyncio.run(work())}
+
+
+def one_at_a_time(*, target: str, bundle: str, verb: str, seconds: float) -> dict[str, float]:
+    """Make calls of one row, each after the last one's answer; return us_per_call."""
+    with Client(target) as client:
+        return {"us_per_call": 1e6 / _repeat(_call(client, Model(Path(bundle)), verb, 1), seconds)}
+
+
+def bare_one_at_a_time(*, target: str, path: str, body_file: str, seconds: float) -> dict[str, float]:
+    """Make the same calls with grpcio and nothing else, without protobuf; return us_per_call."""
+    request = Path(body_file).read_bytes()[5:]
+    with grpc.insecure_channel(target) as channel:
+        stub = channel.unary_unary(path, None, None)
+        return {"us_per_call": 1e6 / _repeat(lambda: stub(request), seconds)}
+
+
+def tasks(*, target: str, bundle: str, verb: str, count: int, coalesce: bool, seconds: float) -> dict[str, float]:
+    """Let `count` tasks make calls of one row, each one after another; return calls_per_s of all."""
+    options: dict[str, Any] = {"coalesce": True} if coalesce else {}
+
+    async def work() -> float:
+        async with AsyncClient(target, **options) as client:
+            call = _call(client, Model(Path(bundle)), verb, 1)
+            await call()
+            return sum(await asyncio.gather(*(_repeat_asyncio(call, seconds) for _ in range(count))))
+
+    return {"calls_per_s": asyncio.run(work())}
+
+
+def stream(*, target: str, bundle: str, server_pid: int, rows: int) -> dict[str, float]:
+    """Encode `rows` images from an iterator; return images_per_s, and memory after 10 000 of them and at the end."""
+    chunk = Model(Path(bundle)).images(STREAM_CHUNK_ROWS)
+
+    def images() -> Iterator[Array]:
+        for _ in range(rows // STREAM_CHUNK_ROWS):
+            yield chunk.copy()
+
+    first: tuple[int, int] | None = None
+    done = 0
+    with Client(target) as client:
+        began = time.perf_counter()
+        for codes in client.encode_stream(images()):
+            done += len(codes)
+            if first is None and done >= _MEMORY_ROWS:
+                first = _memory(server_pid)
+        elapsed_s = time.perf_counter() - began
+    end = _memory(server_pid)
+    first = first or end
+    return {
+        "images_per_s": done / elapsed_s,
+        "client_first_bytes": first[0],
+        "client_end_bytes": end[0],
+        "server_first_bytes": first[1],
+        "server_end_bytes": end[1],
+    }
+
+
+def _memory(server_pid: int) -> tuple[int, int]:
+    return children.resident_bytes(os.getpid()), children.resident_bytes(server_pid)
+
+
+def _call(client: Any, model: Model, verb: str, rows: int, dtype: str = "float32") -> Callable[[], Any]:
+    """Return one call of a verb, for either client."""
+    if verb == "encode":
+        images = model.images(rows)
+        return lambda: client.encode(images)
+    if verb == "decode":
+        latents = model.latents(rows)
+        return lambda: client.decode(latents, dtype=dtype)
+    return lambda: client.sample(rows, seed=SEED, dtype=dtype)
+
+
+def _repeat(call: Callable[[], object], seconds: float) -> float:
+    """Return how often a second `call` can be made, after once for nothing."""
+    call()
+    began = time.perf_counter()
+    for done in itertools.count(1):
+        call()
+        elapsed_s = time.perf_counter() - began
+        if elapsed_s >= seconds:
+            return done / elapsed_s
+    raise AssertionError("unreachable")
+
+
+async def _repeat_asyncio(call: Callable[[], Awaitable[object]], seconds: float) -> float:
+    await call()
+    began = time.perf_counter()
+    for done in itertools.count(1):
+        await call()
+        elapsed_s = time.perf_counter() - began
+        if elapsed_s >= seconds:
+            return done / elapsed_s
+    raise AssertionError("unreachable")
+
+
+if __name__ == "__main__":
+    children.serve(
+        {each.__name__: each for each in (bulk, bulk_asyncio, one_at_a_time, bare_one_at_a_time, tasks, stream)}
+    )
