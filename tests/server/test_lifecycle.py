@@ -251,6 +251,13 @@ def test_a_missing_extra_is_told_in_one_line(missing: str) -> None:
     assert finished.stderr.endswith('; install the server: pip install "vaeserve[server]"\n')
 
 
+def test_a_served_model_takes_less_than_300_mb(models_dir: Path) -> None:
+    with server_process(models_dir) as process:
+        status = Path(f"/proc/{process.popen.pid}/status").read_text()
+    (resident_kb,) = (int(line.split()[1]) for line in status.splitlines() if line.startswith("VmRSS"))
+    assert resident_kb < 300 * 1024
+
+
 def test_debug_logs_one_json_line_per_call(models: Path) -> None:
     with (
         server_process(models, "--log-level", "debug", "--log-format", "json") as process,
