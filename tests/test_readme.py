@@ -1,0 +1,126 @@
+"""README's blocks do what they say. GPU blocks are only parsed: no GPU is here.
+
+A block's info string says what it is: `python` runs against a server, `bash cli` and `bash train` run as they stand,
+`bash make` is what .ci/run or a test here runs.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from PIL import Image
+from serving import running_server
+from vaeserve_server.settings import Settings, from_command_line
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"^```(\S*) ?(\S*)\n(.*?)^```$", README, flags=re.MULTILINE | re.DOTALL)
+TARGET = "127.0.0.1:50051"
+SCRIPTS = Path(sys.executable).parent
+
+
+def blocks(language: str, kind: str = "") -> list[str]:
+    return [text for found, its_kind, text in BLOCKS if (found, its_kind) == (language, kind)]
+
+
+def commands(kind: str) -> list[list[str]]:
+    lines = "".join(blocks("bash", kind)).splitlines()
+    return [words for line in lines if (words := shlex.split(line, comments=True))]
+
+
+def run(words: list[str], folder: Path, **variables: str) -> None:
+    script = SCRIPTS / words[0]
+    result = subprocess.run(
+        [str(script), *words[1:]],
+        cwd=folder,
+        env={**os.environ, **variables},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert result.returncode == 0, f"{shlex.join(words)}\n{result.stdout}{result.stderr}"
+
+
+def test_every_block_is_of_a_kind_that_is_checked() -> None:
+    known = {("python", ""), ("bash", "make"), ("bash", "cli"), ("bash", "train"), ("bash", "gpu"), ("bash", "docker")}
+    assert {(language, kind) for language, kind, _ in BLOCKS} <= known
+
+
+def test_python_blocks_run_against_a_server(models_dir: Path) -> None:
+    assert blocks("python")
+    with running_server(models_dir) as server:
+        for text in blocks("python"):
+            assert TARGET in text
+            names: dict[str, NDArray[np.float32]] = {}
+            exec(compile(text.replace(TARGET, server.target), "README.md", "exec"), names)
+    assert names["fresh"].shape == (64, 1, 28, 28)
+    assert names["copies"].shape == (64, 1, 28, 28)
+    assert np.array_equal(names["fresh"][:8], names["again"])
+    assert names["between"].shape == (8, 1, 28, 28)
+
+
+def test_command_line_blocks_run_as_they_stand(models_dir: Path, tmp_path: Path) -> None:
+    assert commands("cli")
+    with running_server(models_dir) as server:
+        for words in commands("cli"):
+            run([*words, "--target", server.target], tmp_path)
+    assert np.load(tmp_path / "copies.npy").shape == (64, 1, 28, 28)
+
+
+def test_training_blocks_train_on_a_folder_and_publish(tmp_path: Path, test_images: NDArray[np.uint8]) -> None:
+    folder = tmp_path / "my-images"
+    folder.mkdir()
+    for number, image in enumerate(test_images[:40, 0]):
+        Image.fromarray(image).convert("RGB").resize((37, 45)).save(folder / f"{number}.png")
+    for words in commands("train"):
+        shorter = ["--optimiser.epochs", "1", "--run.threads", "1"] if words[1] == "fit" else []
+        run([*words, *shorter], tmp_path)
+    assert (tmp_path / "models" / "mine" / "1" / "model.json").is_file()
+
+
+def test_make_blocks_are_run_by_ci_or_here() -> None:
+    named = {tuple(words) for words in commands("make")}
+    in_ci = set(re.findall(r"make [a-z0-9-]+", (ROOT / ".ci" / "run").read_text()))
+    assert named
+    assert {" ".join(words) for words in named} - in_ci == {"make serve"}
+
+
+def test_make_serve_serves_until_it_is_asked_to_stop(models_dir: Path) -> None:
+    environment = Path(sys.prefix)
+    if not (environment / ".user").exists():
+        pytest.skip("not in the environment that the Makefile makes")
+    command = ["make", "--no-print-directory", "-o", f"{environment}/.user", "serve", f"VENV={environment}"]
+    variables = {**os.environ, "VAESERVE_MODELS": str(models_dir), "VAESERVE_PORT": "0", "MAKEFLAGS": ""}
+    with subprocess.Popen(
+        command, cwd=ROOT, env=variables, stdout=subprocess.PIPE, text=True, start_new_session=True
+    ) as process:
+        assert process.stdout is not None
+        line = process.stdout.readline()
+        os.killpg(process.pid, signal.SIGTERM)
+        process.communicate(timeout=60)
+    assert line.startswith("serving mnist/1 on 127.0.0.1:")
+
+
+def test_gpu_blocks_name_flags_and_extras_that_exist() -> None:
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    installs = [words for words in commands("gpu") if words[0] == "pip"]
+    servers = [words for words in commands("gpu") if words[0] == "vaeserve-server"]
+    assert {extra for words in installs for extra in re.findall(r"[\w-]+", words[-1])[1:]} <= set(extras)
+    assert [from_command_line(words[1:]) for words in servers] == [Settings(models=Path("models"), device="cuda")]
+
+
+def test_links_within_the_repository_lead_somewhere() -> None:
+    targets = re.findall(r"\]\((?!http)([^)#]+)", README)
+    assert targets
+    assert [target for target in targets if not (ROOT / target).exists()] == []
