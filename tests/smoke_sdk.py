@@ -8,10 +8,9 @@ import concurrent.futures
 import google.protobuf
 import grpc
 import numpy as np
-from vaeserve.v1 import vae_pb2, vae_pb2_grpc
-
 import vaeserve
 from vaeserve import tensors
+from vaeserve.v1 import vae_pb2, vae_pb2_grpc
 
 
 class _Echo(vae_pb2_grpc.VaeServiceServicer):
