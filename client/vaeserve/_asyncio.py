@@ -16,7 +16,8 @@ from grpc_health.v1 import health_pb2_grpc
 
 from vaeserve import _calls, _channel
 from vaeserve._calls import Job, Part
-from vaeserve._flows import Ask, AskAll, AskStream, Fit, Flow, Flows
+from vaeserve._coalesce import Coalescer
+from vaeserve._flows import Ask, AskAll, AskPart, Fit, Flow, Flows, Wanted
 from vaeserve._progress import Report, reporting
 from vaeserve._results import Answer
 from vaeserve.errors import Cancelled, VaeserveError, count_rows_from
@@ -28,6 +29,8 @@ _T = TypeVar("_T")
 class AsyncioTransport(Flows):
     """Everything of the asyncio client but its verbs."""
 
+    _coalescer: Coalescer | None = None
+
     def _open(self) -> None:
         # A grpc.aio channel belongs to the event loop it is made in; a client may be made before there is one.
         self._channels: list[grpc.aio.Channel] = []
@@ -36,6 +39,8 @@ class AsyncioTransport(Flows):
     async def close(self) -> None:
         """Close the connections; calls under way in other tasks end with Cancelled."""
         self._closed = True
+        if self._coalescer:
+            self._coalescer.close()
         for channel in self._channels:
             await channel.close(None)
 
@@ -57,9 +62,14 @@ class AsyncioTransport(Flows):
             result: _T = stop.value
             return result
 
-    async def _perform(self, wanted: Ask | AskAll[Any] | AskStream[Any], deadline_s: float) -> Any:
+    async def _perform(self, wanted: Wanted, deadline_s: float) -> Any:
         if isinstance(wanted, Ask):
             return await self._send(wanted, deadline_s)
+        if isinstance(wanted, AskPart):
+            job, part, most_rows = wanted
+            if self._coalescer and job.operation.merges and part.rows:
+                return await self._coalescer.ask(job, part, most_rows, deadline_s)
+            return await self._send_part(job, part, deadline_s)
         if isinstance(wanted, AskAll):
             values = self._bulk(wanted.job, _iterate(wanted.parts), deadline_s)
         else:
@@ -78,6 +88,9 @@ class AsyncioTransport(Flows):
             if self._closed and not (task and task.cancelling()):  # nobody cancelled this task: close() ended the call
                 raise Cancelled("the client was closed while the call was under way") from None
             raise
+
+    async def _send_part(self, job: Job[_Value], part: Part, deadline_s: float) -> _Value:
+        return job.operation.result(await self._send(Ask(job.operation.method, job.request(part)), deadline_s))
 
     def _method(self, name: str) -> Any:
         stubs = self._stubs
@@ -129,11 +142,10 @@ class AsyncioTransport(Flows):
                 await asyncio.gather(*(task for _, task in window), return_exceptions=True)
 
     async def _finish(self, job: Job[_Value], part: Part, deadline_s: float) -> _Value:
-        method = job.operation.method
         try:
-            value = job.operation.result(await self._send(Ask(method, job.request(part)), deadline_s))
+            value = await self._send_part(job, part, deadline_s)
             if not job.accept(value.model):
-                value = job.operation.result(await self._send(Ask(method, job.request(part)), deadline_s))
+                value = await self._send_part(job, part, deadline_s)
                 job.insist(value.model)
         except VaeserveError as error:
             raise count_rows_from(error, part.start) from None

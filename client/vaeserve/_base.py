@@ -102,7 +102,7 @@ class ClientBase:
         )
 
     def _remember(self, ref: ModelRef, info: ModelInfo) -> ModelInfo:
-        self._cards[ref] = info
+        self._cards[ref] = self._cards[info.ref] = info
         return info
 
     def _notice(self, ref: ModelRef, info: ModelInfo, served: ModelRef) -> None:

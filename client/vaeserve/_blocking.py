@@ -14,7 +14,7 @@ from grpc_health.v1 import health_pb2_grpc
 
 from vaeserve import _calls, _channel
 from vaeserve._calls import Job, Part
-from vaeserve._flows import Ask, AskAll, AskStream, Fit, Flow, Flows
+from vaeserve._flows import Ask, AskAll, AskPart, Fit, Flow, Flows, Wanted
 from vaeserve._progress import Report, reporting
 from vaeserve._results import Answer
 from vaeserve.errors import Cancelled, VaeserveError, count_rows_from
@@ -57,9 +57,11 @@ class BlockingTransport(Flows):
             result: _T = stop.value
             return result
 
-    def _perform(self, wanted: Ask | AskAll[Any] | AskStream[Any], deadline_s: float) -> Any:
+    def _perform(self, wanted: Wanted, deadline_s: float) -> Any:
         if isinstance(wanted, Ask):
             return self._send(wanted, deadline_s)
+        if isinstance(wanted, AskPart):
+            return self._send_part(wanted.job, wanted.part, deadline_s)
         if isinstance(wanted, AskAll):
             return list(self._bulk(wanted.job, wanted.parts, deadline_s))
         return list(self._stream(wanted.job, wanted.fit, wanted.items, deadline_s))
@@ -69,6 +71,9 @@ class BlockingTransport(Flows):
             return self._method(ask.method)(ask.request, deadline_s, self._metadata)
         except (grpc.RpcError, ValueError) as error:
             raise self._translate(error, deadline_s) from None
+
+    def _send_part(self, job: Job[_Value], part: Part, deadline_s: float) -> _Value:
+        return job.operation.result(self._send(Ask(job.operation.method, job.request(part)), deadline_s))
 
     def _method(self, name: str) -> Any:
         stubs = self._stubs
@@ -120,7 +125,7 @@ class BlockingTransport(Flows):
         try:
             value = job.operation.result(self._result(call, deadline_s))
             if not job.accept(value.model):
-                value = job.operation.result(self._send(Ask(job.operation.method, job.request(part)), deadline_s))
+                value = self._send_part(job, part, deadline_s)
                 job.insist(value.model)
         except VaeserveError as error:
             raise count_rows_from(error, part.start) from None

@@ -51,6 +51,10 @@ class Operation(Protocol, Generic[_Value]):
 
     method: str
 
+    @property
+    def merges(self) -> bool:
+        """Whether rows of several calls may go in one: no row's answer depends on its place in the call."""
+
     def request(self, part: Part, model: vae_pb2.ModelRef) -> Any:
         """Return the request message for one part."""
 
@@ -71,6 +75,11 @@ class Encode:
     seed: int | None = None
     first_row: int = 0
     method = "Encode"
+
+    @property
+    def merges(self) -> bool:
+        """Without noise."""
+        return self.seed is None
 
     def request(self, part: Part, model: vae_pb2.ModelRef) -> vae_pb2.EncodeRequest:
         """Return the request for the images of `part`."""
@@ -96,6 +105,7 @@ class Decode:
 
     image_dtype: np.dtype[Any]
     method = "Decode"
+    merges = True
 
     def request(self, part: Part, model: vae_pb2.ModelRef) -> vae_pb2.DecodeRequest:
         """Return the request for the latents of `part`."""
@@ -122,6 +132,7 @@ class Sample:
     prior: vae_pb2.Prior
     image_dtype: np.dtype[Any]
     method = "Sample"
+    merges = False  # rows are those of one seed's stream
 
     def request(self, part: Part, model: vae_pb2.ModelRef) -> vae_pb2.SampleRequest:
         """Return the request for as many images as `part` has rows."""
@@ -159,6 +170,11 @@ class Job(Generic[_Value]):
         self._message = asked.message()
         self._pinned: ModelRef | None = None
 
+    @property
+    def ref(self) -> ModelRef:
+        """The model known so far."""
+        return self._pinned or self.asked
+
     def request(self, part: Part) -> Any:
         """Return the request message for one part, to the model known so far."""
         return self.operation.request(part, self._message)
@@ -178,7 +194,7 @@ class Job(Generic[_Value]):
 
     def narrow(self, given: object) -> None:
         """Take the model of the Encodings in `given`, if there are any; FailedPrecondition if it is another one."""
-        narrowed = bind(self._pinned or self.asked, given)
+        narrowed = bind(self.ref, given)
         if self._pinned is None and narrowed is not self.asked:
             self.asked = narrowed
             self._message = narrowed.message()

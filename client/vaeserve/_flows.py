@@ -34,6 +34,14 @@ class Ask(NamedTuple):
     request: Any
 
 
+class AskPart(NamedTuple, Generic[_Value]):
+    """Make the one call of a part; the answer is its value, in views of a message. A call takes `most_rows` rows."""
+
+    job: Job[_Value]
+    part: Part
+    most_rows: int
+
+
 class AskAll(NamedTuple, Generic[_Value]):
     """Make the calls of all parts, several in flight; the answer is the list of their values in order."""
 
@@ -50,7 +58,8 @@ class AskStream(NamedTuple, Generic[_Value]):
 
 
 _T = TypeVar("_T")
-Flow = Generator[Ask | AskAll[Any] | AskStream[Any], Any, _T]
+Wanted = Ask | AskPart[Any] | AskAll[Any] | AskStream[Any]
+Flow = Generator[Wanted, Any, _T]
 
 
 class Flows(ClientBase):
@@ -129,8 +138,7 @@ class Flows(ClientBase):
         """Make the calls; one that is enough is made without any of the machinery of many."""
         rows_per_call = self._rows(job.operation, info, array)
         if rows < 1 or (rows <= rows_per_call and not job.progress):  # none: the server has the words for that
-            answer = yield Ask(job.operation.method, job.request(Part(0, rows, array)))
-            value = job.operation.join([job.operation.result(answer)])
+            value = job.operation.join([(yield AskPart(job, Part(0, rows, array), rows_per_call))])
         else:
             job.total_rows = rows
             value = job.operation.join((yield AskAll(job, _calls.even_parts(rows, rows_per_call, array))))

@@ -188,6 +188,9 @@ class Decoded:
     def __repr__(self) -> str:
         return _describe(self, images=self.images)
 
+    def __getitem__(self, rows: slice) -> Decoded:
+        return replace(self, images=self.images[rows])
+
     @classmethod
     def from_response(cls, response: vae_pb2.DecodeResponse) -> Decoded:
         """Return the answer's value; its array is a read-only view of the message until joined."""

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, AsyncIterable, Iterable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterable, Iterable, Mapping, Sequence
 from contextlib import aclosing
 from types import TracebackType
-from typing import Self, SupportsIndex
+from typing import Any, Self, SupportsIndex
 
 import numpy as np
 import numpy.typing as npt
@@ -13,6 +13,7 @@ import numpy.typing as npt
 from vaeserve import _calls, _settings
 from vaeserve._asyncio import AsyncioTransport
 from vaeserve._calls import Job
+from vaeserve._coalesce import Coalescer
 from vaeserve._inputs import ImageInput, LatentInput, as_images, as_latents
 from vaeserve._progress import Progress
 from vaeserve._results import Array, Encoding, ModelInfo, ModelLike, Samples
@@ -27,6 +28,50 @@ class AsyncClient(AsyncioTransport):
     Its verbs, their arguments and their errors are Client's; cancelling a task cancels its calls. Where Client takes an
     iterator of rows, this one takes an asynchronous one too.
     """
+
+    def __init__(
+        self,
+        target: str = _settings.DEFAULT_TARGET,
+        *,
+        coalesce: bool = False,
+        model: ModelLike = None,
+        timeout_s: float = _settings.DEFAULT_TIMEOUT_S,
+        rows_per_call: int | None = None,
+        calls_in_flight: int = _calls.DEFAULT_CALLS_IN_FLIGHT,
+        max_attempts: int = _settings.MAX_ATTEMPTS,
+        tls: _settings.TLS | bool = False,
+        token: str | None = None,
+        metadata: Mapping[str, str | bytes] | Sequence[tuple[str, str | bytes]] = (),
+        connections: int = 1,
+        max_message_bytes: int = _settings.MAX_MESSAGE_BYTES,
+        channel_options: Sequence[tuple[str, Any]] = (),
+    ) -> None:
+        """Set up a client; it connects when it is first used.
+
+        Args:
+            target: "host:port", or any gRPC target.
+            coalesce: send small calls that tasks make at the same time as one, up to `rows_per_call` rows. Each task
+                has its own answer, error and deadline; many tasks with a row or a few each get several times as much
+                done. Only what draws no noise goes together: encode without latents, and decode.
+
+        The others are Client's.
+        """
+        super().__init__(
+            target,
+            model=model,
+            timeout_s=timeout_s,
+            rows_per_call=rows_per_call,
+            calls_in_flight=calls_in_flight,
+            max_attempts=max_attempts,
+            tls=tls,
+            token=token,
+            metadata=metadata,
+            connections=connections,
+            max_message_bytes=max_message_bytes,
+            channel_options=channel_options,
+        )
+        if coalesce:
+            self._coalescer = Coalescer(self._send_part, target)
 
     async def encode(
         self,

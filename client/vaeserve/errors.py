@@ -245,9 +245,14 @@ def _explain_local(kind: type[VaeserveError], message: str, *, target: str, time
                 "the host and port, and that both sides use TLS or neither does"
             )
     if kind is DeadlineExceeded and message == "Deadline Exceeded":
-        within = "the deadline" if timeout_s is None else f"{timeout_s:g} s"
-        return f"no answer from {target} within {within}; give the call more time with timeout_s"
+        return no_answer(target, timeout_s).message
     return message
+
+
+def no_answer(target: str, timeout_s: float | None) -> DeadlineExceeded:
+    """Return the error of a call that this side stopped waiting for."""
+    within = "the deadline" if timeout_s is None else f"{timeout_s:g} s"
+    return DeadlineExceeded(f"no answer from {target} within {within}; give the call more time with timeout_s")
 
 
 def _read_details(status: StatusLike) -> dict[str, Any]:
