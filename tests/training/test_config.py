@@ -25,6 +25,10 @@ def test_a_part_of_a_configuration_keeps_the_other_defaults() -> None:
         ('{"optimiser": {"learning_rate": 1e999}}', "optimiser.learning_rate"),
         ('{"data": {"image_shape": [1, 30, 28]}}', "multiples of 4"),
         ('{"data": {"image_shape": [3, 32]}}', "data.image_shape"),
+        (
+            '{"objective": {"bound": "iwae", "beta": 2}}',
+            "given are likelihood bernoulli, beta 2 and rate_warmup_steps 0",
+        ),
         ('{"objective": {"likelihood": "cross-entropy"}}', "'bernoulli', 'gaussian' or 'mse'"),
         ("{", "JSON"),
     ],

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import random
 import signal
@@ -8,10 +9,12 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import runs
 import torch
@@ -192,6 +195,28 @@ def test_resuming_under_another_configuration_names_the_field(
     assert str(path) in str(caught.value)
 
 
+def test_a_run_whose_schedule_does_not_look_ahead_may_be_made_longer(tmp_path: Path) -> None:
+    short, long = (tiny_config(optimiser={"schedule": "iwae", "epochs": epochs}) for epochs in (2, 4))
+    fit(short, tmp_path / "grown", data=tiny_data())
+    grown = fit(long, tmp_path / "grown", resume=True, data=tiny_data())
+    assert_same_run(grown, fit(long, tmp_path / "at once", data=tiny_data()))
+    with pytest.raises(FitError, match=r"differs in optimiser\.epochs"):
+        fit(short, tmp_path / "grown", resume=True, data=tiny_data())
+
+
+def test_training_by_the_iwae_bound_lowers_it(tmp_path: Path) -> None:
+    images = np.zeros((100, 1, 4, 4), dtype=np.uint8)
+    images[::2] = 255  # half of them white: one bit, 0.69 nats, is all there is to know
+    config = tiny_config(
+        objective={"bound": "iwae", "samples": 5}, optimiser={"epochs": 20, "warmup_steps": 0, "learning_rate": 0.02}
+    )
+    first, *_, last = records(fit(config, tmp_path, data=replace(tiny_data(), train=images, test=images[:30])))
+    assert first["loss"] > 5
+    assert math.log(2) < last["loss"] < 2
+    assert last["loss"] < last["neg_elbo_nats"]  # of the same model, the tighter bound
+    assert last["test_neg_elbo_nats"] == pytest.approx(last["test_distortion_nats"] + last["test_rate_nats"])
+
+
 def test_resuming_on_other_images_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patched:
         at_step(patched, 3, press_ctrl_c)
@@ -296,16 +321,18 @@ def test_without_an_average_the_weights_themselves_are_the_model(tmp_path: Path)
 
 def test_bf16_networks_keep_float32_loss_terms(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     dtypes = set()
-    compute_terms = objectives.terms
+    compute_losses = objectives.losses
 
-    def watched(vae: Vae, observation: objectives.Observation, *arguments: Any) -> objectives.Terms:
+    def watched(
+        vae: Vae, observation: objectives.Observation, *arguments: Any, **options: Any
+    ) -> tuple[torch.Tensor, objectives.Terms]:
         dtypes.add(("encoder", vae.encoder(observation.encoder_input)[0].dtype))
-        terms = compute_terms(vae, observation, *arguments)
-        dtypes.update({("terms", terms.distortion.dtype), ("terms", terms.rate.dtype)})
-        return terms
+        losses, terms = compute_losses(vae, observation, *arguments, **options)
+        dtypes.update(("terms", term.dtype) for term in (losses, terms.distortion, terms.rate))
+        return losses, terms
 
     with monkeypatch.context() as patched:
-        patched.setattr(objectives, "terms", watched)
+        patched.setattr(objectives, "losses", watched)
         config = tiny_config(run={"precision": "bf16", "monitor_images": 0}, optimiser={"epochs": 1})
         path = fit(config, tmp_path, data=tiny_data())
     assert dtypes == {("encoder", torch.bfloat16), ("terms", torch.float32)}

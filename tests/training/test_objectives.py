@@ -163,6 +163,90 @@ def test_with_a_wrong_posterior_the_bound_tightens_towards_the_likelihood() -> N
     torch.testing.assert_close(objectives.iw_nll(weights), nll, atol=0.01, rtol=0)
 
 
+class AmortisedPosterior(nn.Module):
+    """An encoder whose posterior is linear in the image, so that it may be wrong and has gradients."""
+
+    def __init__(self, posterior: Posterior, images: Tensor) -> None:
+        super().__init__()
+        flat = images.flatten(1)
+        self.matrix = nn.Parameter(torch.linalg.lstsq(flat, posterior.mean + 0.1).solution)
+        self.log_variance = nn.Parameter(posterior.log_variance[0] + 0.8)
+
+    def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        mean = image.flatten(1) @ self.matrix
+        return mean, self.log_variance.expand_as(mean)
+
+
+def wrong_linear_gaussian() -> tuple[Vae, Observation, Tensor]:
+    """The linear model with a posterior that is wrong, its images, and their exact NLL."""
+    vae, images, posterior, nll = linear_gaussian()
+    vae.encoder = AmortisedPosterior(posterior, images)  # type: ignore[assignment]
+    vae.decoder.double()
+    return vae, Observation(images, images), nll.detach()
+
+
+def repeated(observation: Observation, times: int) -> Observation:
+    return Observation(observation.encoder_input.repeat(times, 1, 1, 1), observation.target.repeat(times, 1, 1, 1))
+
+
+def gradients(vae: Vae, loss: Tensor) -> dict[str, Tensor]:
+    names, parameters = zip(*vae.named_parameters(), strict=True)
+    return dict(zip(names, torch.autograd.grad(loss, parameters), strict=True))
+
+
+def test_the_elbo_of_k_samples_is_the_mean_over_the_samples() -> None:
+    vae, observation, _ = wrong_linear_gaussian()
+    noise = normal(3, 4, 2, seed=12)
+    loss, found = objectives.losses(vae, observation, noise, "gaussian", rate_weight=0.7)
+    each = [objectives.terms(vae, observation, one, "gaussian") for one in noise]
+    distortion = torch.stack([terms.distortion for terms in each]).mean(0)
+    torch.testing.assert_close(found.distortion, distortion)
+    torch.testing.assert_close(found.rate, each[0].rate)
+    torch.testing.assert_close(loss, distortion + 0.7 * each[0].rate)
+
+
+def test_at_k_1_both_bounds_have_the_same_mean_and_the_same_mean_gradient() -> None:
+    vae, observation, _ = wrong_linear_gaussian()
+    draws = 20_000
+    noise = normal(1, 4 * draws, 2, seed=13)
+    many = repeated(observation, draws)
+    sampled, _ = objectives.losses(vae, many, noise, "gaussian", bound="iwae")
+    closed, _ = objectives.losses(vae, many, noise, "gaussian", bound="elbo")
+    assert sampled.mean().item() == pytest.approx(closed.mean().item(), abs=0.02)
+    expected = gradients(vae, closed.mean())
+    for name, gradient in gradients(vae, sampled.mean()).items():
+        torch.testing.assert_close(gradient, expected[name], atol=0.05, rtol=0.02, msg=name)
+
+
+def test_the_iwae_bound_tightens_with_k_and_never_passes_the_likelihood() -> None:
+    vae, observation, nll = wrong_linear_gaussian()
+    found = []
+    for k in (1, 5, 50):
+        draws = 10_000 // k
+        losses, _ = objectives.losses(
+            vae, repeated(observation, draws), normal(k, 4 * draws, 2, seed=k), "gaussian", bound="iwae"
+        )
+        found.append((losses - nll.repeat(draws)).mean().item())
+    assert found[0] > 2 * found[1] > 4 * found[2] > 0
+
+
+def test_the_iwae_gradient_is_the_weighted_mean_of_the_samples_gradients() -> None:
+    # Burda, Grosse and Salakhutdinov 2016, equations 13 and 14: the weights are w_i / sum of w.
+    vae, observation, _ = wrong_linear_gaussian()
+    noise, image = normal(5, 1, 2, seed=14), Observation(observation.encoder_input[:1], observation.target[:1])
+    loss, _ = objectives.losses(vae, image, noise, "gaussian", bound="iwae")
+    posterior = objectives.encode(vae, image.encoder_input)
+    log_weights = objectives.log_importance_weights(vae, posterior, image.target, noise, "gaussian")
+    each = [
+        gradients(vae, objectives.losses(vae, image, one[None], "gaussian", bound="iwae")[0].sum()) for one in noise
+    ]
+    shares = log_weights.detach().softmax(0).flatten()
+    assert shares.max() < 0.9
+    for name, gradient in gradients(vae, loss.sum()).items():
+        mean = sum(share * one[name] for share, one in zip(shares, each, strict=True))
+        torch.testing.assert_close(gradient, mean, msg=name)
+
+
 def test_at_k_1_the_expected_importance_bound_is_the_closed_form_bound() -> None:
     vae, images, posterior, _ = linear_gaussian()
     wrong = Posterior(posterior.mean + 0.1, posterior.log_variance + 0.8)

@@ -5,8 +5,8 @@ from itertools import pairwise
 import pytest
 import torch
 from torch import nn
-from vaeserve_training.config import ObjectiveConfig, OptimiserConfig
-from vaeserve_training.optimiser import learning_rate, rate_weight, update_average
+from vaeserve_training.config import ObjectiveConfig, OptimiserConfig, preset
+from vaeserve_training.optimiser import iwae_stage, learning_rate, rate_weight, update_average
 
 
 def test_the_learning_rate_rises_linearly_then_falls_along_a_cosine_to_its_last_fraction() -> None:
@@ -27,6 +27,21 @@ def test_a_run_shorter_than_its_warm_up_never_divides_by_nothing() -> None:
 def test_the_constant_schedule_stays() -> None:
     config = OptimiserConfig(learning_rate=0.5, warmup_steps=0, schedule="constant")
     assert {learning_rate(config, step, 50) for step in range(50)} == {0.5}
+
+
+def test_the_papers_schedule_has_eight_stages_of_3280_epochs() -> None:
+    stages = [iwae_stage(epoch) for epoch in range(3280)]
+    assert [stages.count(stage) for stage in range(9)] == [1, 3, 9, 27, 81, 243, 729, 2187, 0]
+    assert stages == sorted(stages)
+
+
+def test_a_shortened_schedule_is_the_beginning_of_the_papers() -> None:
+    paper, short = (preset("iwae-paper").optimiser.model_copy(update={"epochs": epochs}) for epochs in (3280, 13))
+    rates = [learning_rate(short, step, 13 * 10) for step in range(130)]
+    assert rates == [learning_rate(paper, step, 3280 * 10) for step in range(130)]
+    assert rates[:10] == pytest.approx([1e-3] * 10)
+    assert rates[10:40] == pytest.approx([1e-3 * 10 ** (-1 / 7)] * 30)
+    assert rates[40:] == pytest.approx([1e-3 * 10 ** (-2 / 7)] * 90)
 
 
 def test_the_rate_weight_rises_to_beta() -> None:

@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 Dataset = Literal["mnist", "fashion-mnist", "folder", "arrays", "binarised-mnist"]
 LikelihoodName = Literal["bernoulli", "gaussian", "mse"]
+BoundName = Literal["elbo", "iwae"]
 Positive = Annotated[int, Field(ge=1)]
 Count = Annotated[int, Field(ge=0)]
 ImageShape = tuple[Positive, Positive, Positive]
@@ -65,19 +66,35 @@ class ModelConfig(Section):
     """Widths of the dense layers between the convolutions and the latents."""
     activation: Literal["silu", "relu", "gelu", "tanh"] = "silu"
     """Non-linearity after each layer but the last."""
+    initialisation: Literal["pytorch", "glorot"] = "pytorch"
+    """First weights: PyTorch's own, or uniform after Glorot and Bengio 2010 with biases of 0."""
 
 
 class ObjectiveConfig(Section):
-    """What is minimised: distortion + beta * rate."""
+    """What is minimised: distortion + beta * rate, or the importance-weighted bound."""
 
     likelihood: LikelihoodName = "bernoulli"
     """The observation model p(x|z); mse is no normalised likelihood and collapses, it is kept to show that."""
     sigma: Literal["learned", "optimal"] = "learned"
     """Gaussian only: one standard deviation for all pixels, by gradient descent or in closed form."""
+    bound: BoundName = "elbo"
+    """elbo, or iwae: minus the logarithm of the mean of k importance weights (Burda et al. 2016, equation 8)."""
+    samples: Positive = 1
+    """Posterior samples k of each image in a step; the elbo averages their distortions, iwae their weights."""
     beta: Annotated[float, Field(ge=0)] = 1.0
     """Weight of the rate; 1 is the evidence lower bound."""
     rate_warmup_steps: Count = 0
     """Steps over which the weight of the rate rises linearly from 0 to beta."""
+
+    @model_validator(mode="after")
+    def _bound_is_one(self) -> ObjectiveConfig:
+        if self.bound == "iwae" and (self.likelihood == "mse" or self.beta != 1 or self.rate_warmup_steps):
+            raise ValueError(
+                f"the iwae bound has no rate to weigh and needs a likelihood; given are likelihood {self.likelihood}, "
+                f"beta {self.beta:g} and rate_warmup_steps {self.rate_warmup_steps}: use bernoulli or gaussian, 1 and "
+                "0, or the bound elbo"
+            )
+        return self
 
 
 class OptimiserConfig(Section):
@@ -93,12 +110,18 @@ class OptimiserConfig(Section):
     """Highest learning rate."""
     warmup_steps: Count = 200
     """Steps over which the learning rate rises linearly from 0."""
-    schedule: Literal["cosine", "constant"] = "cosine"
-    """What the learning rate does after the warm-up."""
+    schedule: Literal["cosine", "constant", "iwae"] = "cosine"
+    """What the learning rate does after the warm-up; iwae: times 10^(-i/7) for 3^i epochs, i = 0, 1, 2 ...
+
+    After 1, 4, 13, 40, 121, 364, 1093 and 3280 epochs such a stage ends; the paper (Burda et al. 2016) has 3280. The
+    schedule does not depend on the number of epochs, so a shorter run is a longer one's beginning.
+    """
     final_fraction: Annotated[float, Field(ge=0, le=1)] = 0.01
     """Cosine only: the last step's learning rate as a share of the highest."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     """Decoupled for adamw, an L2 penalty for adam."""
+    epsilon: Annotated[float, Field(gt=0)] = 1e-8
+    """What Adam adds to the root of its second moment (beta1 is 0.9, beta2 0.999)."""
     max_grad_norm: Annotated[float, Field(gt=0)] = 50.0
     """The gradient's norm is clipped to this."""
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.999
@@ -205,6 +228,22 @@ PRESETS: dict[str, TrainConfig] = {
         model=ModelConfig(channels=(64, 128, 256), hidden=(512,), latent_size=64),
         objective=ObjectiveConfig(likelihood="gaussian"),
         optimiser=OptimiserConfig(epochs=50, learning_rate=1e-3),
+    ),
+    # Burda, Grosse and Salakhutdinov 2016, section 5 and appendix: the model with one stochastic layer.
+    "iwae-paper": TrainConfig(
+        model=ModelConfig(channels=(), hidden=(200, 200), latent_size=50, activation="tanh", initialisation="glorot"),
+        objective=ObjectiveConfig(bound="iwae"),
+        optimiser=OptimiserConfig(
+            algorithm="adam",
+            epochs=3280,
+            batch_size=20,
+            learning_rate=1e-3,
+            warmup_steps=0,
+            schedule="iwae",
+            epsilon=1e-4,
+            max_grad_norm=1e6,  # the paper does not clip
+            ema_decay=0.0,
+        ),
     ),
 }
 

@@ -94,6 +94,9 @@ def _in_words(record: metrics.Record) -> str:
 
 def _check_same_config(header: checkpoint.Header, config: TrainConfig) -> None:
     fields = differences(header.config, config)
+    longer = config.optimiser.epochs > header.progress.epoch
+    if fields == ["optimiser.epochs"] and longer and config.optimiser.schedule != "cosine":
+        return  # the run so far is the beginning of the longer one
     if fields:
         hint = " (the learning rate's schedule is laid out over all epochs)" if "optimiser.epochs" in fields else ""
         raise FitError(

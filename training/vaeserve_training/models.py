@@ -122,7 +122,19 @@ def build(config: TrainConfig, pixel_mean: NDArray[np.floating] | None = None) -
         if config.objective.sigma == "learned":
             log_sigma = nn.Parameter(log_sigma)
     shape = config.data.image_shape
-    return Vae(Encoder(config.model, shape), Decoder(config.model, shape, pixel_mean), log_sigma)
+    vae = Vae(Encoder(config.model, shape), Decoder(config.model, shape, pixel_mean), log_sigma)
+    if config.model.initialisation == "glorot":
+        vae.apply(_initialise_glorot)
+    return vae
+
+
+@torch.no_grad()
+def _initialise_glorot(module: nn.Module) -> None:
+    """Draw a layer's weights from the uniform distribution of Glorot and Bengio 2010, equation 16; its bias is 0."""
+    if isinstance(module, nn.Linear | nn.Conv2d | nn.ConvTranspose2d):
+        nn.init.xavier_uniform_(module.weight)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
 
 
 def _deepest_shape(config: ModelConfig, image_shape: tuple[int, int, int]) -> tuple[int, int, int]:

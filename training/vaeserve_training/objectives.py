@@ -1,9 +1,14 @@
-"""The evidence lower bound, written once: training, evaluation and every experiment call these functions.
+"""The bounds on the likelihood, written once: training, evaluation and every experiment call these functions.
 
 For an image x, a latent z drawn from q(z|x) and the prior p(z) = N(0, I), in nats per image (Kingma and Welling 2014,
 equation 3):
 
     -ELBO = distortion + rate,  distortion = -log p(x|z),  rate = KL(q(z|x) || p(z))
+
+With k latents of each image, drawn independently, the importance-weighted bound is tighter, and for k = 1 it is the
+ELBO with the rate sampled rather than in closed form (Burda, Grosse and Salakhutdinov 2016, equation 8):
+
+    -L_k = -log (1/k sum_i w_i),  w_i = p(x|z_i) p(z_i) / q(z_i|x)
 
 What x is depends on the likelihood:
 
@@ -30,7 +35,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vaeserve_training.config import LikelihoodName
+from vaeserve_training.config import BoundName, LikelihoodName
 from vaeserve_training.models import Decoder, Vae
 
 LOG_2PI = math.log(2 * math.pi)
@@ -157,13 +162,31 @@ def distortion(model: GenerativeModel, latent: Tensor, target: Tensor, likelihoo
 
 def terms(vae: Vae, observation: Observation, noise: Tensor, likelihood: LikelihoodName) -> Terms:
     """Return the bound's terms with one posterior sample per image; `noise` is N(0, 1), float32 (N, D)."""
+    return losses(vae, observation, noise.unsqueeze(0), likelihood)[1]
+
+
+def losses(
+    vae: Vae,
+    observation: Observation,
+    noise: Tensor,
+    likelihood: LikelihoodName,
+    *,
+    bound: BoundName = "elbo",
+    rate_weight: float = 1.0,
+) -> tuple[Tensor, Terms]:
+    """Return what training minimises for each image, (N,), and the terms; `noise` is N(0, 1), float32 (K, N, D).
+
+    elbo: the mean distortion of K latents + `rate_weight` * rate. iwae: -L_K of the module's docstring; `rate_weight`
+    does not enter. The terms are the mean distortion and the rate in closed form under either bound.
+    """
     posterior = encode(vae, observation.encoder_input)
-    latent = reparameterize(posterior.mean, posterior.log_variance, noise)
-    return Terms(
-        distortion=distortion(vae, latent, observation.target, likelihood),
-        rate=kl_divergence(posterior.mean, posterior.log_variance).sum(1),
-        posterior=posterior,
-    )
+    latent = reparameterize(posterior.mean, posterior.log_variance, noise)  # (K, N, D)
+    distortions = _distortions(vae, latent, observation.target, likelihood)  # (K, N)
+    rate = kl_divergence(posterior.mean, posterior.log_variance).sum(1)
+    found = Terms(distortions.mean(0), rate, posterior)
+    if bound == "elbo":
+        return found.distortion + rate_weight * rate, found
+    return iw_nll(_log_prior_ratio(posterior, latent, noise) - distortions), found
 
 
 def log_importance_weights(
@@ -173,13 +196,20 @@ def log_importance_weights(
 
     Burda, Grosse and Salakhutdinov 2016, the logarithm of the weights in equation 8.
     """
-    samples, images, size = noise.shape
     latent = reparameterize(posterior.mean, posterior.log_variance, noise)
-    # log p(z) - log q(z|x): the constants cancel, and (z - mean) / stddev is the noise.
-    log_ratio = 0.5 * (noise.square() - latent.square() + posterior.log_variance).sum(-1)
+    return _log_prior_ratio(posterior, latent, noise) - _distortions(vae, latent, target, likelihood)
+
+
+def _log_prior_ratio(posterior: Posterior, latent: Tensor, noise: Tensor) -> Tensor:
+    """Return log p(z) - log q(z|x), (K, N): the constants cancel, and (z - mean) / stddev is the noise."""
+    return 0.5 * (noise.square() - latent.square() + posterior.log_variance).sum(-1)
+
+
+def _distortions(vae: Vae, latent: Tensor, target: Tensor, likelihood: LikelihoodName) -> Tensor:
+    """Return the distortion of K latents (K, N, D) of each image, (K, N)."""
+    samples, images, size = latent.shape
     repeated = target.expand(samples, *target.shape).flatten(0, 1)
-    nll = distortion(vae, latent.reshape(-1, size), repeated, likelihood)
-    return log_ratio - nll.reshape(samples, images)
+    return distortion(vae, latent.reshape(-1, size), repeated, likelihood).reshape(samples, images)
 
 
 def iw_nll(log_weights: Tensor) -> Tensor:

@@ -20,7 +20,9 @@ Averaged = TypeVar("Averaged", bound=nn.Module)
 def make_optimiser(config: OptimiserConfig, module: nn.Module) -> torch.optim.Optimizer:
     """Return the fused optimiser over the model's parameters."""
     algorithm = torch.optim.AdamW if config.algorithm == "adamw" else torch.optim.Adam
-    return algorithm(module.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay, fused=True)
+    return algorithm(
+        module.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay, eps=config.epsilon, fused=True
+    )
 
 
 def learning_rate(config: OptimiserConfig, step: int, total_steps: int) -> float:
@@ -29,9 +31,20 @@ def learning_rate(config: OptimiserConfig, step: int, total_steps: int) -> float
         return config.learning_rate * (step + 1) / config.warmup_steps
     if config.schedule == "constant":
         return config.learning_rate
+    if config.schedule == "iwae":
+        return config.learning_rate * 10 ** (-iwae_stage(step * config.epochs // total_steps) / 7)
     progress = (step - config.warmup_steps) / max(1, total_steps - 1 - config.warmup_steps)
     cosine = 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
     return config.learning_rate * (config.final_fraction + (1 - config.final_fraction) * cosine)
+
+
+def iwae_stage(epoch: int) -> int:
+    """Return the stage i that epoch `epoch` (from 0) lies in, where stage i has 3^i epochs (Burda et al. 2016)."""
+    stage, end = 0, 1
+    while epoch >= end:
+        stage += 1
+        end += 3**stage
+    return stage
 
 
 def rate_weight(config: ObjectiveConfig, step: int) -> float:

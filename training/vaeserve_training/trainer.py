@@ -112,14 +112,21 @@ class Trainer:
     def _step(self, batch: Tensor, step_in_epoch: int) -> None:
         """Take one step on the images with these indices, (N,)."""
         config, step = self.config, self.progress.step
-        likelihood = config.objective.likelihood
+        objective, likelihood = config.objective, config.objective.likelihood
         source = generator(config.run.seed, Stream.TRAINING, self.progress.epoch, step_in_epoch, device=self.device)
         pixels = self.images[batch].to(self.device)  # (N, C, H, W)
         uniform = None if likelihood == "mse" else torch.rand(pixels.shape, generator=source, device=self.device)
-        noise = torch.randn((len(batch), self.vae.latent_size), generator=source, device=self.device)
+        noise_shape = (objective.samples, len(batch), self.vae.latent_size)
+        noise = torch.randn(noise_shape, generator=source, device=self.device)
         with autocast(config.run, self.device):
-            terms = objectives.terms(self.vae, objectives.observe(pixels, uniform, likelihood), noise, likelihood)
-        losses = terms.distortion + rate_weight(config.objective, step) * terms.rate  # (N,)
+            losses, terms = objectives.losses(
+                self.vae,
+                objectives.observe(pixels, uniform, likelihood),
+                noise,
+                likelihood,
+                bound=objective.bound,
+                rate_weight=rate_weight(objective, step),
+            )
         self.optimiser.zero_grad()
         torch.autograd.backward(losses.mean())
         norm = torch.nn.utils.clip_grad_norm_(self.vae.parameters(), config.optimiser.max_grad_norm)
