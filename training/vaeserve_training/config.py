@@ -102,7 +102,7 @@ class OptimiserConfig(Section):
 
     algorithm: Literal["adamw", "adam"] = "adamw"
     """The optimiser."""
-    epochs: Positive = 9
+    epochs: Positive = 8
     """Passes over the training images."""
     batch_size: Positive = 128
     """Images per step."""
