@@ -118,3 +118,18 @@ def test_copying_share_tells_copies_from_fresh_draws():
     train, held_out, fresh = torch.rand(3, 900, 1, 3, 3, generator=random)
     assert distances.copying_share(train + 1e-4, train, held_out) == 1
     assert distances.copying_share(fresh, train, held_out) == pytest.approx(0.5, abs=0.06)
+
+
+def test_sampled_kl_is_the_closed_form():
+    mean, log_variance = gaussian(40, 5), gaussian(40, 5, seed=1).clamp(-3, 1)
+    estimate, error = information.kl_by_sampling(mean, log_variance, draws=400, seed=0)
+    closed = 0.5 * (mean**2 + log_variance.exp() - 1 - log_variance).sum(1)
+    deviations = (estimate - closed) / error
+    assert float(deviations.abs().max()) < 4.5
+    assert 0.7 < float(deviations.std()) < 1.4  # the standard errors are right, too
+
+
+def test_sampled_kl_of_the_prior_is_zero():
+    estimate, error = information.kl_by_sampling(torch.zeros(3, 4), torch.zeros(3, 4), draws=10, seed=0)
+    assert estimate.abs().max() < 1e-12
+    assert error.abs().max() < 1e-12

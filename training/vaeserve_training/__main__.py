@@ -15,6 +15,7 @@ COMMANDS = {
     "fit": "train a model, or go on with a run that was cut off",
     "evaluate": "compute held-out figures of a trained model",
     "export": "publish a trained model as a bundle of ONNX graphs for the server",
+    "ladder": "climb from one memorised image to a VAE that generates, measured and drawn step by step",
     "data": "fetch and check a data set, and say what is in it",
 }
 USAGE = """\

@@ -14,8 +14,9 @@ from typing import Literal, NamedTuple, Self
 import numpy as np
 from matplotlib import colormaps
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
-from matplotlib.ticker import NullLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
 from numpy.typing import NDArray
 
 from vaeserve_training.figures import (
@@ -35,11 +36,13 @@ _MARGIN_PX = 14
 _GAP_PX = 3
 _PANEL_GAP_PX = 28
 _LINE_PX = 17  # a line of text
-_CHARACTER_PX = 6.6  # its width at the size of labels
-_NOTE_CHARACTER_PX = 5.4
+_CHARACTER_PX = 7.2  # its width at the size of labels
+_NOTE_CHARACTER_PX = 6.1
 _TARGET_TILE_PX = 56
 _MIN_WIDTH_PX = 560  # narrower, and the note would take many lines
 _PANEL_INCHES = (4.6, 3.5)
+_MOST_MARKERS = 25  # points of a line above which markers would hide it
+_FEW_DECADES = 200  # ratio of an axis's ends below which powers of ten alone are too few ticks
 # From the palette, dark enough for lines on white and told apart with every common kind of colour blindness.
 _LINE_COLOURS = (PALETTE[0], PALETTE[6], PALETTE[3], PALETTE[4], PALETTE[7], PALETTE[2])
 
@@ -143,15 +146,20 @@ def _text_px(text: str) -> int:
     return round(len(text) * _CHARACTER_PX) + 10 if text else 0
 
 
+Colour = str | tuple[float, float, float, float]
+
+
 @dataclass(frozen=True)
 class Series:
-    """Points of one kind; `spread` is the standard deviation over seeds, drawn as bars or, on lines, as a band."""
+    """Points of one kind; `spread` is the standard deviation over seeds, drawn as error bars."""
 
     label: str
     x: Sequence[float]
     y: Sequence[float]
     spread: Sequence[float] = ()
     style: Literal["line", "dots"] = "line"
+    names: Sequence[str] = ()
+    """A few words beside each point."""
 
     @classmethod
     def over_seeds(cls, label: str, x: Sequence[float], figures: Sequence[Sequence[float]]) -> Self:
@@ -197,23 +205,16 @@ def _draw_panel(axes: Axes, panel: Panel) -> None:
         axes.set_yscale("log")
     colours = _ordered_colours(len(panel.series)) if panel.ordered else _LINE_COLOURS
     for number, series in enumerate(panel.series):
-        colour = colours[number % len(colours)]
-        marker = MARKERS[number % len(MARKERS)]
-        if series.style == "dots":
-            axes.scatter(series.x, series.y, s=7, color=colour, alpha=0.5, linewidths=0, label=series.label)
-        else:
-            size = 0 if len(series.x) > 25 else 4
-            axes.plot(
-                series.x, series.y, color=colour, marker=marker, markersize=size, linewidth=1.6, label=series.label
-            )
-        if len(series.spread):
-            axes.errorbar(series.x, series.y, yerr=series.spread, fmt="none", ecolor=colour, capsize=3, linewidth=1)
+        _draw_series(axes, series, colours[number % len(colours)], MARKERS[number % len(MARKERS)])
     if panel.diagonal:
         axes.axline((0, 0), slope=1, color="#888888", linewidth=1, linestyle="--")
     for label, value in panel.references:
         axes.axhline(value, color="#555555", linewidth=1, linestyle="--")
-        axes.annotate(label, (1, value), xycoords=("axes fraction", "data"), xytext=(-4, 3), ha="right", fontsize=8,
+        axes.annotate(label, (0, value), xycoords=("axes fraction", "data"), xytext=(4, 3), ha="left", fontsize=8,
                       textcoords="offset points", color="#555555")  # fmt: skip
+    for axis, is_log in ((axes.xaxis, panel.log_x), (axes.yaxis, panel.log_y)):
+        if is_log:
+            _label_log_axis(axis)
     if panel.x_ticks:
         axes.set_xticks(list(panel.x_ticks), [f"{tick:g}" for tick in panel.x_ticks])
         axes.xaxis.set_minor_locator(NullLocator())
@@ -224,14 +225,36 @@ def _draw_panel(axes: Axes, panel: Panel) -> None:
         axes.legend(frameon=False, fontsize=8, labelcolor=TEXT_COLOUR)
 
 
+def _draw_series(axes: Axes, series: Series, colour: Colour, marker: str) -> None:
+    if series.style == "dots":
+        axes.scatter(series.x, series.y, s=7, color=colour, alpha=0.5, linewidths=0, label=series.label)
+    else:
+        size = 0 if len(series.x) > _MOST_MARKERS else 4
+        axes.plot(series.x, series.y, color=colour, marker=marker, markersize=size, linewidth=1.6, label=series.label)
+    if series.spread:
+        axes.errorbar(series.x, series.y, yerr=series.spread, fmt="none", ecolor=colour, capsize=3, linewidth=1)
+    for name, x, y in zip(series.names, series.x, series.y, strict=False):
+        axes.annotate(name, (x, y), xytext=(6, 4), textcoords="offset points", fontsize=8, color=TEXT_COLOUR)
+    if series.names:
+        axes.margins(x=0.15)
+
+
+def _label_log_axis(axis: Axis) -> None:
+    """Write plain numbers, and enough of them where the axis spans few powers of ten."""
+    low, high = axis.get_view_interval()
+    subs = (1.0, 2.0, 5.0) if high / low < _FEW_DECADES else (1.0,)
+    axis.set_major_locator(LogLocator(subs=subs))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_formatter(NullFormatter())
+
+
 @dataclass(frozen=True)
 class Bars:
-    """A figure for each of several things, one value per seed; the shortest bar is the best unless said otherwise."""
+    """A figure for each of several things, one value per seed."""
 
     title: str
     x_label: str
     values: Sequence[Sequence[float]]
-    reference: tuple[str, float] | None = None
 
 
 def bar_chart(path: Path, names: Sequence[str], panels: Sequence[Bars], *, note: str) -> Path:
@@ -252,10 +275,6 @@ def bar_chart(path: Path, names: Sequence[str], panels: Sequence[Bars], *, note:
             axes.annotate(
                 f"{value:.3g}", (value, row), xytext=(4, 0), textcoords="offset points", va="center", fontsize=8
             )
-        if panel.reference is not None:
-            label, value = panel.reference
-            axes.axvline(value, color="#555555", linewidth=1, linestyle="--", label=label)
-            axes.legend(frameon=False, fontsize=8, labelcolor=TEXT_COLOUR, loc="upper right")
         axes.set_yticks(rows, names if number == 0 else [""] * len(names))
         axes.margins(x=0.18)
         axes.set_xlabel(panel.x_label)

@@ -109,5 +109,22 @@ class NoisyEncoderCode(nn.Module):
 Source = ConstantCode | OneHotCode | FixedVectors | LearnedVectors | EncoderCode | NoisyEncoderCode
 
 
+def make_source(name: CodeName, *, images: int, size: int, encoder: Encoder) -> Source:
+    """Return the source of that name for codes of `size` numbers; only the last two use the encoder."""
+    match name:
+        case "constant":
+            return ConstantCode(size)
+        case "one-hot":
+            return OneHotCode(size)
+        case "fixed vectors":
+            return FixedVectors(images, size)
+        case "learned vectors":
+            return LearnedVectors(images, size)
+        case "encoder":
+            return EncoderCode(encoder)
+        case "encoder with noise":
+            return NoisyEncoderCode(encoder)
+
+
 def _free(latent: Tensor) -> Code:
     return Code(latent, torch.zeros(len(latent), device=latent.device))

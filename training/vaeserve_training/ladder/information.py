@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torchmetrics.functional.classification import binary_auroc
 
 from vaeserve_training.compute import cpu_threads
-from vaeserve_training.objectives import LOG_2PI
+from vaeserve_training.objectives import LOG_2PI, reparameterize
 from vaeserve_training.randomness import generator
 
 _GRID_POINTS = (512, 4096)  # of the quadrature of `marginal_kl`, fewest and most
@@ -67,6 +67,22 @@ def _log_mixture(latent: Tensor, mean: Tensor, stddev: Tensor) -> Tensor:
         log_density = chunk @ (precision * mean).T - 0.5 * chunk.square() @ precision.T + constant  # (chunk, N)
         parts.append(log_density.logsumexp(1) - math.log(len(mean)))
     return torch.cat(parts)
+
+
+def kl_by_sampling(mean: Tensor, log_variance: Tensor, *, draws: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Estimate KL(q(z|x) || N(0, I)) of each posterior by E[log q(z|x) - log p(z)]: (N,), and standard errors (N,)."""
+    random = generator(seed)
+    total, squares = torch.zeros(2, len(mean), dtype=torch.float64)
+    for _ in range(draws):
+        noise = torch.randn(mean.shape, generator=random, dtype=torch.float64)
+        latent = reparameterize(mean.double(), log_variance.double(), noise)
+        # The constants cancel, and (z - mean) / stddev is the noise.
+        log_ratio = 0.5 * (latent.square() - noise.square() - log_variance.double()).sum(1)
+        total += log_ratio
+        squares += log_ratio.square()
+    estimate = total / draws
+    variance = (squares / draws - estimate.square()).clamp(min=0) * draws / (draws - 1)
+    return estimate, (variance / draws).sqrt()
 
 
 def marginal_kl(mean: Tensor, stddev: Tensor) -> Tensor:

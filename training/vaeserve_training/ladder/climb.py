@@ -1,0 +1,137 @@
+"""Run the ladder: plan, train what is missing, measure, and leave a report that is whole at any moment.
+
+A finished step is a file under `steps/`, a finished network an entry of `cache/`; both are found again, so a ladder
+that was killed goes on where it was. `results.json` and `report.html` are written anew after every step, from all steps
+in the folder that were made with these sizes and images.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+from rich.table import Table
+
+from vaeserve_training import atomic
+from vaeserve_training.data import ImageData, summary
+from vaeserve_training.ladder import lenet, page
+from vaeserve_training.ladder.cache import CacheError
+from vaeserve_training.ladder.lab import Lab
+from vaeserve_training.ladder.planning import plan, training_steps
+from vaeserve_training.ladder.registry import STEPS, Step
+from vaeserve_training.ladder.results import StepResult
+from vaeserve_training.ladder.scale import Scale
+from vaeserve_training.progress import Bar
+
+RESULTS = "results.json"
+REPORT = "report.html"
+_STEPS = "steps"
+_FORMAT = 1  # of a step's file; raised when the same sizes would no longer give the same figures
+
+logger = logging.getLogger(__name__)
+
+
+def climb(
+    scale: Scale,
+    data: ImageData,
+    out: Path,
+    *,
+    numbers: Sequence[int] = tuple(STEPS),
+    device: str = "auto",
+    show_plan: Callable[[Table], None] | None = None,
+    show_progress: bool = False,
+) -> list[StepResult]:
+    """Run the steps with these numbers, skipping finished ones; return the results of all steps in the folder.
+
+    Writes `report.html`, `results.json` and the pictures to `out`; `show_plan` is given the plan before anything is
+    trained. Raises LadderDataError if the images have no labels, DivergedError, CacheError, OtherProcessError, OSError.
+    """
+    lenet.labels_of(data)
+    lab = Lab(scale.within(data), data, out, device)
+    todo = unfinished(lab, numbers)
+    if show_plan is not None:
+        show_plan(plan(lab, numbers, todo))
+    with Bar("ladder", training_steps(lab, todo), show=show_progress) as bar:
+        lab.advance = bar.advance
+        for step in todo:
+            lab.note = partial(_note, bar, step)
+            result = _run(lab, step)
+            atomic.write_file(_file(lab, step.number), _saved(lab, result))
+            write_report(lab)
+            held = f"{sum(claim.held for claim in result.claims)} of {len(result.claims)} claims hold"
+            logger.info("step %d, %s: %s, %.0f s", step.number, step.title, held, result.seconds)
+    return write_report(lab)
+
+
+def _note(bar: Bar, step: Step, words: str) -> None:
+    bar.note(f"step {step.number}: {words}")
+
+
+def unfinished(lab: Lab, numbers: Sequence[int]) -> list[Step]:
+    """Return the steps with these numbers that are still to be run, in the ladder's order."""
+    return [STEPS[number] for number in sorted(set(numbers)) if _load(lab, number) is None]
+
+
+def write_report(lab: Lab) -> list[StepResult]:
+    """Write `results.json` and `report.html` from the finished steps, and return these."""
+    results = [result for number in STEPS if (result := _load(lab, number)) is not None]
+    record = {
+        "scale": lab.scale.model_dump(mode="json"),
+        "data": summary(lab.data),
+        "steps": [result.model_dump(mode="json") for result in results],
+    }
+    atomic.write_file(lab.out / RESULTS, json.dumps(record, indent=2).encode())
+    atomic.write_file(lab.out / REPORT, page.render(results, lab.scale, lab.data, lab.out).encode())
+    return results
+
+
+def _run(lab: Lab, step: Step) -> StepResult:
+    started_s = time.perf_counter()
+    for spec in lab.missing(step.systems(lab.scale)):
+        lab.trained(spec)
+    if step.classifier:
+        _ = lab.classifier
+    lab.note("measuring")
+    findings = step.measure(lab)
+    return StepResult(
+        **findings.model_dump(),
+        number=step.number,
+        title=step.title,
+        codes=step.codes,
+        seconds=time.perf_counter() - started_s,
+    )
+
+
+def _file(lab: Lab, number: int) -> Path:
+    return lab.out / _STEPS / f"{number:02}.json"
+
+
+def _key(lab: Lab) -> dict[str, Any]:
+    """Return what a step's result depends on."""
+    images = {"sha256": lab.data.sha256, "test_images": len(lab.data.test)}
+    return {"format": _FORMAT, "scale": lab.scale.model_dump(mode="json"), "data": images}
+
+
+def _saved(lab: Lab, result: StepResult) -> bytes:
+    return json.dumps({"key": _key(lab), "result": result.model_dump(mode="json")}, indent=2).encode()
+
+
+def _load(lab: Lab, number: int) -> StepResult | None:
+    """Return the step's result if it was made with these sizes and images and its pictures are there."""
+    path = _file(lab, number)
+    if not path.is_file():
+        return None
+    try:
+        saved = json.loads(path.read_bytes())
+        if saved["key"] != _key(lab):
+            return None
+        result = StepResult.model_validate(saved["result"])
+    except (ValueError, KeyError, ValidationError) as error:
+        raise CacheError(f"{path} is no result of a step ({error}); remove it and run the step again") from error
+    return result if all((lab.out / picture.file).is_file() for picture in result.pictures) else None
