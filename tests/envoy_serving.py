@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import IO, Any
 
 import grpc
 from vaeserve_server.errors import StartError
@@ -29,38 +29,28 @@ sys.exit(main())
 """
 
 
+def spawn(settings: Settings, log: IO[str], **variables: str) -> subprocess.Popen[str]:
+    """Start a server with the probe; what it logs goes to `log`."""
+    variables |= {f"VAESERVE_{name.upper()}": str(value) for name, value in settings.model_dump().items()}
+    variables["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+    command = [sys.executable, "-c", _PROGRAM]
+    return subprocess.Popen(command, env=os.environ | variables, stdout=subprocess.PIPE, stderr=log, text=True)
+
+
 class EnvoyServer:
     """What a test may know of a server behind Envoy; the same as of one in this process."""
 
-    def __init__(self, settings: Settings) -> None:
-        """Start it; StartError with what it said if it does not come to serve."""
+    def __init__(self, settings: Settings, **variables: str) -> None:
+        """Start it, with these environment variables; StartError with what it said if it does not come to serve."""
         self.settings = settings
-        variables = {f"VAESERVE_{name.upper()}": str(value) for name, value in settings.model_dump().items()}
-        environment = {
-            **os.environ,
-            **variables,
-            "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path]),
-        }
         self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115 - lives as long as the process
-        self._process = subprocess.Popen(
-            [sys.executable, "-c", _PROGRAM], env=environment, stdout=subprocess.PIPE, stderr=self._log, text=True
-        )
-        assert self._process.stdout is not None
-        ready_line = self._process.stdout.readline()
+        self.process = spawn(settings, self._log, **variables)
+        assert self.process.stdout is not None
+        ready_line = self.process.stdout.readline()
         if not ready_line:
-            self.wait()
-            said = self.log()
-            self._log.close()
-            raise StartError(said.strip().rpartition("cannot start: ")[2])
+            raise StartError(self.end(1).strip().rpartition("cannot start: ")[2])
         self.target = ready_line.split(" on ")[1].split(" ")[0]
         self.server = SimpleNamespace(port=int(self.target.rpartition(":")[2]))
-        self._channel = grpc.insecure_channel(self.target)
-        self._look = self._channel.unary_unary(PROBE)
-
-    @property
-    def pid(self) -> int:
-        """The process that is both Envoy and Python."""
-        return self._process.pid
 
     def log(self) -> str:
         """Return what the process wrote to standard error so far."""
@@ -69,28 +59,30 @@ class EnvoyServer:
 
     def stop(self) -> None:
         """Drain it, and see that it ended well."""
-        self._channel.close()
-        self._process.send_signal(signal.SIGTERM)
-        status = self.wait()
-        said = self.log()
-        self._log.close()
-        assert status == 0, said
+        self.process.send_signal(signal.SIGTERM)
+        said = self.end(0)
         assert "Traceback" not in said, said
         assert "panicked" not in said, said
 
-    def wait(self) -> int:
-        """Wait for the end; return the exit status."""
-        with self._process:
-            return self._process.wait(_LIMIT_S)
+    def end(self, expected_status: int) -> str:
+        """Wait for the end, check how it ended, and return the log."""
+        with self.process:
+            status = self.process.wait(_LIMIT_S)
+        said = self.log()
+        self._log.close()
+        assert status == expected_status, said
+        return said
 
     def until(self, condition: Callable[[Any], bool]) -> None:
         """Wait until `condition` holds of the server as far as the probe shows it."""
         deadline = time.monotonic() + _LIMIT_S
-        while not condition(self._view()):
-            assert time.monotonic() < deadline, "the server did not come to the state that the test waits for"
+        with grpc.insecure_channel(self.target) as channel:
+            while not condition(_view(channel)):
+                assert time.monotonic() < deadline, "the server did not come to the state that the test waits for"
 
-    def _view(self) -> Any:
-        state = json.loads(self._look(b"", timeout=_LIMIT_S))
-        engines = [SimpleNamespace(queued_rows=lambda rows=rows: rows) for rows in state["queued_rows"]]
-        pool = SimpleNamespace(threads=state["threads"], _free=state["free_threads"])
-        return SimpleNamespace(repository=SimpleNamespace(engines=engines), _pool=pool)
+
+def _view(channel: grpc.Channel) -> Any:
+    state = json.loads(channel.unary_unary(PROBE)(b"", timeout=_LIMIT_S))
+    engines = [SimpleNamespace(queued_rows=lambda rows=rows: rows) for rows in state["queued_rows"]]
+    pool = SimpleNamespace(threads=state["threads"], _free=state["free_threads"])
+    return SimpleNamespace(repository=SimpleNamespace(engines=engines), _pool=pool, streams=state["streams"])

@@ -204,7 +204,8 @@ def _python_library() -> dict[str, str]:
     try:
         from pyvoy._server import get_envoy_environ  # noqa: PLC0415 - an extra; what pyvoy's own command line uses
     except ModuleNotFoundError as error:
-        raise StartError(f'--transport envoy needs {error.name}; pip install "vaeserve[envoy]"') from None
+        missing = (error.name or "").partition(".")[0]
+        raise StartError(f'--transport envoy needs {missing}; pip install "vaeserve[envoy]"') from None
     environment: dict[str, str] = get_envoy_environ()
     if not environment.keys() & {"LD_PRELOAD", "DYLD_INSERT_LIBRARIES"}:
         raise StartError(

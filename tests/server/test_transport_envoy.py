@@ -1,0 +1,253 @@
+"""What only the server behind Envoy has: its own gRPC over ASGI's events, Envoy's life, and the ways both can end."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import grpc
+import numpy as np
+import pytest
+from bundles import ENCODER, slow_encoder, write_bundle
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from h2.errors import ErrorCodes
+from http2 import Connection, frame
+from vaeserve import tensors
+from vaeserve.v1 import vae_pb2 as pb
+from vaeserve.v1 import vae_pb2_grpc
+from vaeserve_server.errors import StartError
+from vaeserve_server.settings import Settings
+
+pytest.importorskip("pyvoy", reason='the server behind Envoy is an extra; pip install "vaeserve[envoy]"')
+
+from envoy_serving import EnvoyServer, spawn
+from serving import queued_rows
+from vaeserve_server import envoy
+
+Stub = vae_pb2_grpc.VaeServiceStub
+ENCODE, LIST_MODELS = "/vaeserve.v1.VaeService/Encode", "/vaeserve.v1.VaeService/ListModels"
+IMAGE, LATENT = (1, 4, 4), (3,)
+TWO_SECONDS = 1 / 30
+Check = health_pb2.HealthCheckRequest
+Answer = health_pb2.HealthCheckResponse
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model whose encoder takes a minute times the brightest pixel."""
+    folder = tmp_path_factory.mktemp("models")
+    write_bundle(folder, image_shape=IMAGE, latent_shape=LATENT, graphs={ENCODER: slow_encoder(IMAGE, LATENT)})
+    return folder
+
+
+def settings(models: Path, **changes: object) -> Settings:
+    chosen = {
+        "models": models,
+        "port": 0,
+        "device": "cpu",
+        "transport": "envoy",
+        "threads": 1,
+        "drain_s": 0.0,
+        **changes,
+    }
+    return Settings.model_validate(chosen)
+
+
+@contextlib.contextmanager
+def envoy_server(models: Path, **changes: object) -> Iterator[EnvoyServer]:
+    server = EnvoyServer(settings(models, **changes))
+    try:
+        yield server
+    finally:
+        if server.process.poll() is None:
+            server.stop()
+
+
+@pytest.fixture(scope="module")
+def server(models: Path) -> Iterator[EnvoyServer]:
+    with envoy_server(models, max_message_bytes=2**20) as running:
+        yield running
+
+
+def request(pixel: float) -> bytes:
+    images = np.full((1, *IMAGE), pixel, np.float32)
+    return frame(pb.EncodeRequest(images=tensors.to_tensor(images)).SerializeToString())
+
+
+def occupy(server: EnvoyServer, connection: Connection) -> int:
+    """Start a run that lasts two seconds; return its stream when a thread has it."""
+    stream = connection.open(ENCODE)
+    connection.send(stream, request(TWO_SECONDS))
+    server.until(lambda state: state._pool._free == 0)
+    return stream
+
+
+@pytest.mark.parametrize(
+    ("body", "headers", "outcome", "message"),
+    [
+        (frame(b""), {"content_type": "application/json"}, "415", ""),
+        (frame(b""), {"content_type": "application/grpc-web"}, "415", ""),
+        (frame(b""), {"content_type": "application/grpc+proto"}, "0", ""),
+        (frame(b""), {"te": ""}, "13", "the request lacks the header `te: trailers`"),
+        (b"", {}, "13", "the request has 0 messages; the method takes one"),
+        (frame(b"") * 2, {}, "13", "the request has 2 messages; the method takes one"),
+        (frame(b"")[:3], {}, "13", "the request ended after 3 of the 5 bytes of a message"),
+        (frame(b"", length=2**32 - 1), {}, "8", "Received message larger than max (4294967295 vs. 1048576)"),
+        (frame(b"", compressed=2), {}, "13", "a message's first byte is 2; it says compressed (1) or not (0)"),
+    ],
+)
+def test_what_breaks_the_protocol_is_told_so(
+    server: EnvoyServer, body: bytes, headers: dict[str, str], outcome: str, message: str
+) -> None:
+    with Connection(server.target) as connection:
+        assert connection.call(LIST_MODELS, body, **headers) == outcome
+        assert connection.headers[1].get("grpc-message", "") == message
+        assert connection.call(LIST_MODELS, frame(b"")) == "0"
+    server.until(lambda state: state.streams == 0)
+
+
+def test_a_giant_claim_is_refused_before_its_bytes_come(server: EnvoyServer) -> None:
+    with Connection(server.target) as connection:
+        stream = connection.open(ENCODE)
+        connection.send(stream, frame(b"the first bytes", length=2**32 - 1), end=False)
+        assert connection.outcome(stream) == "8"
+
+
+def test_a_message_in_crumbs_is_put_together(server: EnvoyServer) -> None:
+    with Connection(server.target) as connection:
+        stream = connection.open(ENCODE)
+        body = request(0.0)
+        for position in range(len(body)):
+            connection.send(stream, body[position : position + 1], end=position == len(body) - 1)
+        assert connection.outcome(stream) == "0"
+
+
+def test_the_server_keeps_the_deadline_that_its_client_does_not(server: EnvoyServer) -> None:
+    with Connection(server.target) as connection:
+        slow = occupy(server, connection)
+        waiting = connection.open(ENCODE, grpc_timeout="50m")
+        connection.send(waiting, request(0.0))
+        unsent = connection.open(ENCODE, grpc_timeout="50m")  # whose message never comes
+        assert connection.outcome(waiting) == "4"
+        assert connection.outcome(unsent) == "4"
+        server.until(lambda state: queued_rows(state) == 0)
+        assert slow not in connection.ended
+        assert connection.outcome(slow) == "0"
+
+
+def test_a_reset_takes_its_own_call_out_of_the_queue_and_no_other(server: EnvoyServer) -> None:
+    with Connection(server.target) as connection:
+        slow = occupy(server, connection)
+        streams = [connection.open(ENCODE, x_vaeserve_stream="the caller's own") for _ in range(3)]
+        for stream in streams:
+            connection.send(stream, request(0.0))
+        server.until(lambda state: queued_rows(state) == 3)
+        connection.http.reset_stream(streams[1], ErrorCodes.CANCEL)
+        connection.flush()
+        server.until(lambda state: queued_rows(state) == 2)
+        assert [connection.outcome(stream) for stream in (slow, streams[0], streams[2])] == ["0", "0", "0"]
+
+
+def test_a_client_that_leaves_in_the_middle_of_its_message_is_forgotten(server: EnvoyServer) -> None:
+    with Connection(server.target) as connection:
+        stream = connection.open(ENCODE)
+        connection.send(stream, request(0.0)[:-1], end=False)
+        server.until(lambda state: state.streams == 1)
+    server.until(lambda state: state.streams == 0)
+
+
+def test_watchers_that_leave_are_forgotten(server: EnvoyServer) -> None:
+    with grpc.insecure_channel(server.target) as channel:
+        watch = health_pb2_grpc.HealthStub(channel).Watch
+        streams = [watch(Check()) for _ in range(5)]
+        assert {next(stream).status for stream in streams} == {Answer.SERVING}
+        server.until(lambda state: state.streams == 5)
+        streams[0].cancel()
+        server.until(lambda state: state.streams == 4)
+    server.until(lambda state: state.streams == 0)
+
+
+def test_ending_in_the_midst_of_cancelled_uploads_leaves_no_complaint(models: Path) -> None:
+    with envoy_server(models) as server:
+        connections = [Connection(server.target) for _ in range(5)]
+        for connection in connections:
+            for _ in range(20):
+                connection.send(connection.open(ENCODE, grpc_timeout="20m"), request(0.0)[:-1], end=False)
+        for connection in connections:
+            connection.socket.close()
+        server.until(lambda state: state.streams == 0)
+        assert "Exception" not in server.log()
+
+
+def test_while_models_load_health_says_so_and_calls_are_unavailable(models: Path, tmp_path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    with (
+        tempfile.TemporaryFile("w+") as log,
+        spawn(settings(models, port=port), log, TESTS_HOLD_LOADING=str(tmp_path / "go on")) as process,
+        grpc.insecure_channel(f"127.0.0.1:{port}") as channel,
+    ):
+        watch = health_pb2_grpc.HealthStub(channel).Watch(Check(), wait_for_ready=True, timeout=30)
+        assert next(watch).status == Answer.NOT_SERVING
+        with pytest.raises(grpc.RpcError, match="the server is loading its models; try again") as early:
+            Stub(channel).ListModels(pb.ListModelsRequest())
+        assert early.value.code() == grpc.StatusCode.UNAVAILABLE
+        (tmp_path / "go on").touch()
+        assert next(watch).status == Answer.SERVING
+        assert len(Stub(channel).ListModels(pb.ListModelsRequest()).models) == 1
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(30) == 0
+
+
+def test_killed_it_frees_its_port_and_starts_again(models: Path) -> None:
+    with envoy_server(models) as first:
+        occupied = grpc.insecure_channel(first.target)
+        call = Stub(occupied).ListModels.future(pb.ListModelsRequest())
+        assert len(call.result().models) == 1
+        first.process.kill()
+        first.end(-signal.SIGKILL)
+        with envoy_server(models, port=first.server.port) as second:
+            assert len(Stub(occupied).ListModels(pb.ListModelsRequest(), wait_for_ready=True, timeout=30).models) == 1
+            assert second.target == first.target
+        occupied.close()
+
+
+def test_nothing_is_left_behind_and_nobody_else_may_look_in(models: Path, tmp_path: Path) -> None:
+    server = EnvoyServer(settings(models), TMPDIR=str(tmp_path))
+    (folder,) = tmp_path.iterdir()
+    assert folder.stat().st_mode & 0o777 == 0o700
+    assert {path.name for path in folder.iterdir()} == {"envoy.json", "admin.sock"}
+    environment = Path(f"/proc/{server.process.pid}/environ")
+    assert not environment.exists() or environment.stat().st_uid == os.getuid()
+    server.stop()
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_model_that_cannot_be_loaded_ends_the_process(tmp_path: Path) -> None:
+    folder = write_bundle(tmp_path, image_shape=IMAGE, latent_shape=LATENT)
+    (folder / "decoder.onnx").write_bytes(b"something else")
+    with pytest.raises(StartError, match="its SHA-256 is"):
+        EnvoyServer(settings(tmp_path))
+
+
+def test_a_missing_extra_is_told_in_one_line(models: Path) -> None:
+    program = "import sys; sys.modules['pyvoy'] = None; from vaeserve_server.__main__ import main; sys.exit(main())"
+    command = [sys.executable, "-c", program, "--models", str(models), "--transport", "envoy", "--port", "0"]
+    finished = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
+    assert finished.returncode == 1
+    (line,) = finished.stderr.splitlines()
+    assert line.endswith('cannot start: --transport envoy needs pyvoy; pip install "vaeserve[envoy]"')
+
+
+def test_a_python_without_a_shared_library_is_told_so(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pyvoy._server.get_envoy_environ", dict)
+    with pytest.raises(StartError, match="needs Python as a shared library, and this Python has none"):
+        envoy.execute(settings(models))
