@@ -9,7 +9,7 @@ ARGS   ?=
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help run serve test bench bench-gpu lint format protos protos-released test-protobuf7 test-compose build clean
+.PHONY: help run serve test test-envoy bench bench-gpu lint format protos protos-released test-protobuf7 test-compose build clean
 
 help: ## Show this list
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 18
@@ -63,6 +63,9 @@ protos: $(VENV)/.dev ## Generate client/vaeserve/v1 from protos/
 
 protos-released: $(VENV)/.dev ## Record today's contract as the one that must not break
 	@$(BIN)/buf build protos -o protos/released.binpb
+
+test-envoy: $(VENV)/.dev ## The server's and the client's tests with the server behind Envoy
+	@$(BIN)/python -m pytest --transport envoy tests/server tests/client $(ARGS)
 
 test-protobuf7: ## The SDK alone, in an environment of its own with protobuf 7
 	@rm -rf .venv-protobuf7 && $(PYTHON) -m venv .venv-protobuf7
