@@ -23,6 +23,7 @@ import numpy as np
 from vaeserve_server.checks import Array, Floats, is_finite
 from vaeserve_server.errors import CallError, DeadlineError, GraphRunError, NotServingError, QueueFullError
 from vaeserve_server.executor import RunPool
+from vaeserve_server.stats import GraphStats, Passage, passages
 
 Outputs = tuple[Array, ...]
 RunGraph = Callable[[Floats], Sequence[Floats]]
@@ -49,12 +50,15 @@ class Work(Protocol):
         """Return the error of this call if the graph's outputs for the rows from `start` on are not finite."""
 
 
-class Job:
+class Job(Passage):
     """A call in the queue: how many of its rows are taken by runs, and what has come back."""
 
     __slots__ = ("deadline", "future", "pieces", "taken", "unanswered", "work")
 
-    def __init__(self, work: Work, deadline: float, future: asyncio.Future[Outputs]) -> None:
+    def __init__(
+        self, work: Work, deadline: float, future: asyncio.Future[Outputs], graph: GraphStats, submitted: float
+    ) -> None:
+        super().__init__(graph, work.rows, submitted)
         self.work = work
         self.deadline = deadline
         self.future = future
@@ -83,8 +87,10 @@ class Batcher:
         max_batch_rows: int,
         max_queue_rows: int,
         wait_s: float = 0.0,
+        stats: GraphStats | None = None,
     ) -> None:
         self.queued_rows = 0
+        self.stats = stats or GraphStats()
         self._graph = graph
         self._row_shape = row_shape
         self._pool = pool
@@ -104,7 +110,10 @@ class Batcher:
         """
         if self.queued_rows + work.rows > self._max_queue_rows:
             raise self._queue_full(work.rows)
-        job = Job(work, deadline, self._loop.create_future())
+        job = Job(work, deadline, self._loop.create_future(), self.stats, self._loop.time())
+        watched = passages.get(None)
+        if watched is not None:
+            watched.append(job)
         self._queue[job] = None
         self.queued_rows += work.rows
         self._announce()
@@ -139,6 +148,8 @@ class Batcher:
                 self._fail(job, DeadlineError("the deadline passed while the call was queued"))
                 continue
             start = job.taken
+            if not start:
+                job.started = now
             stop = min(job.work.rows, start + limit - rows)
             pieces.append(Piece(job, start, stop))
             job.taken = stop
@@ -176,12 +187,17 @@ class Batcher:
 
     def answer(self, pieces: Sequence[Piece], answers: Sequence[Outputs | Exception], seconds: float) -> None:
         """Give every call its piece, and note how fast rows are going through."""
+        rows = sum(piece.stop - piece.start for piece in pieces)
+        now = self._loop.time()
         for piece, answer in zip(pieces, answers, strict=True):
+            self._note(piece, rows, seconds, now)
             if isinstance(answer, Exception):
                 self._fail(piece.job, answer)
             else:
                 _deliver(piece, answer)
-        row_s = seconds / sum(piece.stop - piece.start for piece in pieces)
+        self.stats.batch_rows.observe(rows)
+        self.stats.compute_s.observe(seconds)
+        row_s = seconds / rows
         self._row_s = 0.8 * self._row_s + 0.2 * row_s if self._row_s else row_s
         self._running -= 1
         if self._queue:
@@ -191,6 +207,15 @@ class Batcher:
         """Refuse every call that still waits."""
         for job in list(self._queue):
             self._fail(job, NotServingError("the model is no longer served"))
+
+    def _note(self, piece: Piece, rows: int, seconds: float, now: float) -> None:
+        """Note what a run of `rows` rows was to the call of one of its pieces."""
+        job = piece.job
+        if not piece.start:
+            self.stats.queue_s.observe(job.started - job.submitted)
+        job.compute_s += seconds
+        job.batch_rows = max(job.batch_rows, rows)
+        job.ended = now
 
     def _announce(self) -> None:
         if not self._wait_s or self.queued_rows >= self._max_batch_rows:

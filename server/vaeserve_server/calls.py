@@ -1,28 +1,47 @@
-"""One call, whatever transport brought it: bytes in, bytes out, or one status. Its log line and its place in the drain.
+"""One call, whatever transport brought it: bytes in, bytes out, or one status. What is counted, logged and told of it.
 
 Transports hand over the request's bytes rather than its message, so that bytes which are no message get the same answer
-as any other bad input.
+as any other bad input. Every call has an id, which its caller gets in the trailing metadata beside the timings, and
+under which the log and the traces have it.
 """
 
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 import math
 import secrets
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 from google.protobuf.message import DecodeError, Message
 from google.rpc import code_pb2
 from vaeserve.v1 import vae_pb2
 
 from vaeserve_server import status
-from vaeserve_server.errors import CallError, InvalidInputError
-from vaeserve_server.service import VaeService
+from vaeserve_server.errors import CallError, InvalidInputError, QueueFullError
+from vaeserve_server.service import SERVICE_NAME, VaeService
+from vaeserve_server.stats import MethodStats, Passage, passages
+
+CALL_ID_KEY = "vaeserve-call-id"
+QUEUE_KEY, COMPUTE_KEY, BATCH_ROWS_KEY = "vaeserve-queue-us", "vaeserve-compute-us", "vaeserve-batch-rows"
+
+Metadata = tuple[tuple[str, str], ...]
+ReadMetadata = Callable[[], Iterable[tuple[str, str | bytes]]]
+"""Returns what metadata the caller sent. Called only where somebody wants to know."""
 
 _log = logging.getLogger(__name__)
+# A transport that ends a call at its deadline may do so by a clock that is this much ahead of ours.
+_CLOCK_S = 0.005
+
+
+class Answer(NamedTuple):
+    """The serialised answer, and what goes with it into the trailing metadata."""
+
+    message: bytes
+    metadata: Metadata
 
 
 class CallFailedError(Exception):
@@ -40,25 +59,50 @@ class Method:
     name: str
     parse: Callable[[bytes], Message]
     answer: Callable[[Any, float], Awaitable[Message]]  # each verb takes its own request type
+    stats: MethodStats
+
+
+class EndedCall(NamedTuple):
+    """A call that is over. Times are the event loop's; `passages` are its ways through graphs, in order."""
+
+    call_id: str
+    service: str
+    rpc: str
+    code: int
+    started: float
+    ended: float
+    passages: list[Passage]
+
+
+class Tracer(Protocol):
+    """Who is told of every call when it is over."""
+
+    def trace(self, call: EndedCall, read_metadata: ReadMetadata) -> None:
+        """Note the call; must not raise."""
 
 
 class Calls:
-    """The calls of one service, over all transports."""
+    """The calls of one service, over all transports. `tracer` is told of each, if there is one."""
 
-    def __init__(self, service: VaeService) -> None:
+    def __init__(self, service: VaeService, tracer: Tracer | None = None) -> None:
         self._loop = asyncio.get_running_loop()
+        self._tracer = tracer
+        self._id_prefix = secrets.token_hex(5)
+        self._numbers = itertools.count()
         self._in_flight = 0
         self._idle = asyncio.Event()  # kept only once somebody waits for it
         self._awaited = False
         self.methods = [
-            Method("Encode", vae_pb2.EncodeRequest.FromString, service.encode),
-            Method("Decode", vae_pb2.DecodeRequest.FromString, service.decode),
-            Method("Sample", vae_pb2.SampleRequest.FromString, service.sample),
-            Method("GetModel", vae_pb2.GetModelRequest.FromString, service.get_model),
-            Method("ListModels", vae_pb2.ListModelsRequest.FromString, service.list_models),
+            _method("Encode", vae_pb2.EncodeRequest.FromString, service.encode),
+            _method("Decode", vae_pb2.DecodeRequest.FromString, service.decode),
+            _method("Sample", vae_pb2.SampleRequest.FromString, service.sample),
+            _method("GetModel", vae_pb2.GetModelRequest.FromString, service.get_model),
+            _method("ListModels", vae_pb2.ListModelsRequest.FromString, service.list_models),
         ]
 
-    async def answer(self, method: Method, payload: bytes, remaining_s: float | None) -> bytes:
+    async def answer(
+        self, method: Method, payload: bytes, remaining_s: float | None, read_metadata: ReadMetadata
+    ) -> Answer:
         """Return the serialised answer; CallFailedError with its status if there is none.
 
         `remaining_s` is the time until the caller's deadline, None without one. Cancelling takes the call's rows out of
@@ -66,28 +110,37 @@ class Calls:
         """
         started = self._loop.time()
         deadline = math.inf if remaining_s is None else started + remaining_s
+        call_id = f"{self._id_prefix}{next(self._numbers):06x}"
+        went: list[Passage] = []
+        passages.set(went)
         self._in_flight += 1
-        code = code_pb2.CANCELLED
+        code = code_pb2.INTERNAL
         try:
-            answer = (await method.answer(_parse(method, payload), deadline)).SerializeToString()
+            message = (await method.answer(_parse(method, payload), deadline)).SerializeToString()
+            code = code_pb2.OK
+            return Answer(message, self._trailers(call_id, went))
         except CallError as error:
+            method.stats.refused += isinstance(error, QueueFullError)
             failure = status.of_error(error)
             code = failure.code
-            raise CallFailedError(failure) from None
+            raise CallFailedError(failure.with_metadata(self._trailers(call_id, went))) from None
+        except asyncio.CancelledError:
+            expired = self._loop.time() > deadline - _CLOCK_S
+            code = code_pb2.DEADLINE_EXCEEDED if expired else code_pb2.CANCELLED
+            raise
         except Exception:  # noqa: BLE001 - the caller hears nothing of it but the id
-            call_id = secrets.token_hex(8)
             _log.exception("call failed", extra={"fields": {"call_id": call_id, "rpc": method.name}})
-            code = code_pb2.INTERNAL
-            raise CallFailedError(status.of_fault(call_id)) from None
-        else:
-            code = code_pb2.OK
-            return answer
+            raise CallFailedError(status.of_fault(call_id).with_metadata(self._trailers(call_id, went))) from None
         finally:
             self._in_flight -= 1
             if self._awaited and not self._in_flight:
                 self._idle.set()
+            ended = EndedCall(call_id, SERVICE_NAME, method.name, code, started, self._loop.time(), went)
+            _count(method.stats, ended)
+            if self._tracer is not None:
+                self._tracer.trace(ended, read_metadata)
             if _log.isEnabledFor(logging.DEBUG):
-                self._log_call(method, code, len(payload), started)
+                _log_call(ended, len(payload))
 
     async def wait_idle(self) -> None:
         """Wait until no call is in flight; for a drain, when no more come."""
@@ -95,14 +148,41 @@ class Calls:
         if self._in_flight:
             await self._idle.wait()
 
-    def _log_call(self, method: Method, code: int, request_bytes: int, started: float) -> None:
-        fields = {
-            "rpc": method.name,
-            "code": code_pb2.Code.Name(code),
-            "request_bytes": request_bytes,
-            "ms": round((self._loop.time() - started) * 1000, 3),
-        }
-        _log.debug("call", extra={"fields": fields})
+    def _trailers(self, call_id: str, went: list[Passage]) -> Metadata:
+        """Return what the caller learns of its call: the id, and in microseconds where its time went."""
+        if not went:
+            return ((CALL_ID_KEY, call_id),)
+        queue_s = sum((passage.started or self._loop.time()) - passage.submitted for passage in went)
+        compute_s = sum(passage.compute_s for passage in went)
+        return (
+            (CALL_ID_KEY, call_id),
+            (QUEUE_KEY, str(round(queue_s * 1e6))),
+            (COMPUTE_KEY, str(round(compute_s * 1e6))),
+            (BATCH_ROWS_KEY, str(max(passage.batch_rows for passage in went))),
+        )
+
+
+def _method(name: str, parse: Callable[[bytes], Message], answer: Callable[[Any, float], Awaitable[Message]]) -> Method:
+    return Method(name, parse, answer, MethodStats(name))
+
+
+def _count(stats: MethodStats, call: EndedCall) -> None:
+    stats.codes[call.code] += 1
+    stats.duration_s.observe(call.ended - call.started)
+    if call.passages and call.code == code_pb2.OK:
+        last = call.passages[-1]
+        last.graph.rows_by_rpc[call.rpc] = last.graph.rows_by_rpc.get(call.rpc, 0) + last.rows
+
+
+def _log_call(call: EndedCall, request_bytes: int) -> None:
+    fields = {
+        "call_id": call.call_id,
+        "rpc": call.rpc,
+        "code": code_pb2.Code.Name(call.code),
+        "request_bytes": request_bytes,
+        "ms": round((call.ended - call.started) * 1000, 3),
+    }
+    _log.debug("call", extra={"fields": fields})
 
 
 def _parse(method: Method, payload: bytes) -> Message:

@@ -21,6 +21,8 @@ from vaeserve_server.errors import (
 )
 from vaeserve_server.executor import RunPool
 from vaeserve_server.graphs import CUDA, Graph, Runtime
+from vaeserve_server.latent_health import LatentHealth
+from vaeserve_server.stats import GraphStats
 from vaeserve_server.work import FLOAT16, FLOAT32, UINT8, DecodeWork, DType, EncodeWork, Noise, NoiseWork, PriorWork
 
 _IMAGE_DTYPES = (UINT8, FLOAT32, FLOAT16)
@@ -29,6 +31,7 @@ _FLOAT32_MAX = float(np.finfo(np.float32).max)
 # Box-Muller's largest normal, from the smallest uniform, 2**-54; times this temperature it is still a float32.
 MAX_TEMPERATURE = _FLOAT32_MAX / math.sqrt(2 * 54 * math.log(2))
 _STREAM_ROWS = 2**64
+_GRAPH_NAMES = {ENCODER: "encoder", DECODER: "decoder", PRIOR: "prior"}  # in figures and traces
 _ENVELOPE_BYTES = 4096  # a message's fields beside its tensors
 _BATCH_ROWS = {CUDA: 256}
 _BATCH_ROWS_CPU = 64
@@ -60,14 +63,16 @@ class Engine:
         batch_rows = limits.max_batch_rows or _BATCH_ROWS.get(self.provider, _BATCH_ROWS_CPU)
         for role, graph in graphs.items():
             _warm(bundle, role, graph, batch_rows)
+        self.latent_health = LatentHealth(self.card)
         self._batchers = {
             role: Batcher(
-                graph.run,
+                self.latent_health.watch(graph.run) if role == ENCODER else graph.run,
                 self.image_shape if role == ENCODER else self.latent_shape,
                 pool,
                 max_batch_rows=batch_rows,
                 max_queue_rows=limits.max_queue_rows,
                 wait_s=limits.batch_wait_s,
+                stats=GraphStats(self.card.name, self.card.version, _GRAPH_NAMES[role]),
             )
             for role, graph in graphs.items()
         }
@@ -137,6 +142,10 @@ class Engine:
     def queued_rows(self) -> int:
         """Return the rows that wait for a run, over all graphs."""
         return sum(batcher.queued_rows for batcher in self._batchers.values())
+
+    def graph_stats(self) -> list[tuple[GraphStats, int]]:
+        """Return what each graph's queue has counted, and the rows that wait in it now."""
+        return [(batcher.stats, batcher.queued_rows) for batcher in self._batchers.values()]
 
     def close(self) -> None:
         """Refuse what still waits, and break off what still runs."""

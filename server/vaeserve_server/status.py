@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.message import Message
@@ -28,6 +28,10 @@ class Status:
     code: int
     message: str
     metadata: tuple[tuple[str, str | bytes], ...]
+
+    def with_metadata(self, more: tuple[tuple[str, str | bytes], ...]) -> Status:
+        """Return the status with `more` in its metadata."""
+        return replace(self, metadata=(*self.metadata, *more))
 
 
 def of_error(error: errors.CallError) -> Status:

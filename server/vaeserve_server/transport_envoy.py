@@ -17,6 +17,7 @@ import logging
 import os
 import secrets
 from collections.abc import AsyncIterator, Awaitable, Callable
+from functools import partial
 from typing import Any, NoReturn, Protocol
 
 import grpc
@@ -26,7 +27,7 @@ from grpc_health.v1 import health_pb2_grpc
 from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc
 
 from vaeserve_server import grpc_wire, health, service, status
-from vaeserve_server.calls import CallFailedError, Calls
+from vaeserve_server.calls import CallFailedError, Calls, Metadata
 
 STREAM_ID_HEADER = "x-vaeserve-stream"
 
@@ -144,7 +145,9 @@ class EnvoyTransport:
         if method is None:
             await self._answer_standard(scope["path"], stream)
         else:
-            await stream.reply(await self._calls.answer(method, await stream.only_message(), timeout_s))
+            payload = await stream.only_message()
+            answer = await self._calls.answer(method, payload, stream.remaining_s(), partial(_sent_metadata, headers))
+            await stream.reply(answer.message, answer.metadata)
 
     async def _answer_standard(self, path: str, stream: Stream) -> None:
         """Answer health and reflection by their grpcio handlers."""
@@ -196,6 +199,10 @@ class Stream:
             raise CallFailedError(_EXPIRED)
         self._clock = asyncio.get_running_loop().call_later(timeout_s, self.end, _EXPIRED)
 
+    def remaining_s(self) -> float | None:
+        """Return the time until the clock ends the call; None if it never does."""
+        return None if self._clock is None else self._clock.when() - asyncio.get_running_loop().time()
+
     def stop_clock(self) -> None:
         """Let the call's time be."""
         if self._clock is not None:
@@ -226,12 +233,12 @@ class Stream:
                 yield await self._content(frame)
         deframer.finish()
 
-    async def reply(self, message: bytes) -> None:
+    async def reply(self, message: bytes, metadata: Metadata = ()) -> None:
         """Send the only message of an answer, and that all went well."""
         await self._send(_START)
         await self._send({"type": "http.response.body", "body": grpc_wire.frame(message)})
         self._started = True
-        await self._send(_OK)
+        await self._send({"type": "http.response.trailers", "headers": grpc_wire.status_headers(0, "", metadata)})
 
     async def reply_all(self, handler: Any, responses: AsyncIterator[Any]) -> None:
         """Send messages as they come, as fast as the caller takes them, and that all went well."""
@@ -318,6 +325,11 @@ def quiet_loop_errors(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) 
     if isinstance(context.get("exception"), asyncio.InvalidStateError) and "_pyvoy.asgi" in context["message"]:
         return
     loop.default_exception_handler(context)
+
+
+def _sent_metadata(headers: dict[bytes, bytes]) -> list[tuple[str, str | bytes]]:
+    """Return the caller's metadata as grpcio gives it, without that in bytes, which nothing here asks for."""
+    return [(key.decode("latin-1"), value.decode("latin-1")) for key, value in headers.items()]
 
 
 def _parsed(handler: Any, payload: bytes) -> Any:

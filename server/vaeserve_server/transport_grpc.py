@@ -67,9 +67,12 @@ class GrpcTransport:
 def _handler(calls: Calls, method: Method) -> grpc.RpcMethodHandler[bytes, bytes]:
     async def handle(payload: bytes, context: _Context) -> bytes:
         try:
-            return await calls.answer(method, payload, context.time_remaining())
+            answer = await calls.answer(method, payload, context.time_remaining(), context.invocation_metadata)
         except CallFailedError as failure:
             status = failure.status
+        else:
+            context.set_trailing_metadata(answer.metadata)
+            return answer.message
         return await context.abort(_CODES[status.code], status.message, status.metadata)
 
     return grpc.unary_unary_rpc_method_handler(handle)
