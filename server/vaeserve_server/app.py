@@ -16,7 +16,7 @@ from vaeserve_server.cores import available_cores
 from vaeserve_server.engine import Limits
 from vaeserve_server.errors import StartError
 from vaeserve_server.executor import RunPool
-from vaeserve_server.graphs import CUDA, Runtime
+from vaeserve_server.graphs import CUDA, CudaOptions, Runtime
 from vaeserve_server.health import Health
 from vaeserve_server.repository import Repository
 from vaeserve_server.service import SERVICE_NAME, VaeService
@@ -102,7 +102,13 @@ class Server:
 
     async def _load(self) -> None:
         settings = self.settings
-        runtime = await asyncio.to_thread(Runtime, settings.device)
+        cuda = CudaOptions(
+            tf32=settings.tf32,
+            nhwc=settings.nhwc,
+            gpu_memory_bytes=settings.gpu_memory_bytes,
+            cuda_graphs=settings.cuda_graphs,
+        )
+        runtime = await asyncio.to_thread(Runtime, settings.device, cuda)
         threads = settings.threads or (1 if runtime.provider == CUDA else available_cores())
         limits = Limits(
             max_rows_per_call=settings.max_rows_per_call,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
@@ -58,11 +59,15 @@ class Engine:
         self.image_shape = tuple(self.card.image_shape)
         self.latent_shape = tuple(self.card.latent_shape)
         self.max_rows_per_call = _max_rows(self, limits)
-        self._graphs = graphs = {role: _load(bundle, role, runtime) for role in bundle.graphs}
+        batch_rows = limits.max_batch_rows or _BATCH_ROWS.get(runtime.provider, _BATCH_ROWS_CPU)
+        self._graphs = graphs = {role: _load(bundle, role, runtime, batch_rows) for role in bundle.graphs}
         self.provider = graphs[ENCODER].provider
-        batch_rows = limits.max_batch_rows or _BATCH_ROWS.get(self.provider, _BATCH_ROWS_CPU)
         for role, graph in graphs.items():
-            _warm(bundle, role, graph, batch_rows)
+            warm = partial(_warm, bundle, role, graph)
+            if graph.warm_everywhere:
+                pool.run_in_each(warm)
+            else:
+                warm()
         self.latent_health = LatentHealth(self.card)
         self._batchers = {
             role: Batcher(
@@ -197,10 +202,10 @@ def _max_rows(engine: Engine, limits: Limits) -> int:
     return min(rows, limits.max_rows_per_call)
 
 
-def _load(bundle: Bundle, role: int, runtime: Runtime) -> Graph:
+def _load(bundle: Bundle, role: int, runtime: Runtime, max_rows: int) -> Graph:
     file = bundle.graphs[role]
     try:
-        graph = runtime.load(file.data)
+        graph = runtime.load(file.data, max_rows)
     except GraphLoadError as error:
         raise BundleError(file.path, f"ONNX Runtime does not take the graph ({error})") from None
     check_ports(bundle, role, graph.inputs, graph.outputs)
@@ -208,11 +213,11 @@ def _load(bundle: Bundle, role: int, runtime: Runtime) -> Graph:
     return graph
 
 
-def _warm(bundle: Bundle, role: int, graph: Graph, batch_rows: int) -> None:
-    """Run the smallest and the largest batch, so that no caller pays for a first run, and check what comes back."""
+def _warm(bundle: Bundle, role: int, graph: Graph) -> None:
+    """Run what the graph wants to have run, so that no caller pays for a first run, and check what comes back."""
     path = bundle.graphs[role].path
     row_shape = graph.inputs[0].shape[1:]
-    for rows in (1, batch_rows):
+    for rows in graph.warm_rows:
         batch = np.zeros((rows, *(axis or 0 for axis in row_shape)), np.float32)
         try:
             outputs = graph.run(batch)

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
+from collections.abc import Callable
 from queue import SimpleQueue
-from threading import Thread
+from threading import Barrier, Thread
 from typing import Protocol
 
 
@@ -54,9 +55,26 @@ class RunPool:
         """Note that `source` has work. What else arrives in this turn of the loop shares its run."""
         if source not in self._ready:
             self._ready.append(source)
-        if self._free and not self._scheduled:
+        if self._free > 0 and not self._scheduled:
             self._scheduled = True
             self.loop.call_soon(self._dispatch)
+
+    def run_in_each(self, work: Callable[[], None]) -> None:
+        """Do `work` once in every thread, all at the same time, and raise what one of them raised. Blocks.
+
+        For another thread than the event loop's, and what must be made ready thread by thread.
+        """
+        asyncio.run_coroutine_threadsafe(self._run_in_each(work), self.loop).result()
+
+    async def _run_in_each(self, work: Callable[[], None]) -> None:
+        together = Barrier(self.threads)  # or one thread would do the work of two
+        runs = [_Everywhere(work, together, self.loop.create_future()) for _ in range(self.threads)]
+        self._free -= self.threads  # they go before what queues from now on
+        for run in runs:
+            self._runs.put(run)
+        for error in await asyncio.gather(*(run.error for run in runs)):
+            if error is not None:
+                raise error
 
     async def close(self) -> None:
         """End the threads, after the runs they have."""
@@ -67,7 +85,7 @@ class RunPool:
 
     def _dispatch(self) -> None:
         self._scheduled = False
-        while self._free and self._ready:
+        while self._free > 0 and self._ready:
             source = self._ready.popleft()
             run = source.take(self._free)
             if run is None:
@@ -88,3 +106,24 @@ class RunPool:
         while (run := self._runs.get()) is not None:
             run.execute()
             self.loop.call_soon_threadsafe(self._finished, run)
+
+
+class _Everywhere:
+    """One thread's turn of `run_in_each`."""
+
+    def __init__(self, work: Callable[[], None], together: Barrier, error: asyncio.Future[Exception | None]) -> None:
+        self._work = work
+        self._together = together
+        self._raised: Exception | None = None
+        self.error = error
+
+    def execute(self) -> None:
+        self._together.wait()
+        try:
+            self._work()
+        except Exception as error:  # noqa: BLE001 - raised again where the work was asked for
+            self._raised = error
+
+    def complete(self) -> None:
+        if not self.error.done():
+            self.error.set_result(self._raised)

@@ -7,16 +7,20 @@ standard output at most. So every session is asked what it really runs on, and i
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import io
 import logging
 import os
-from collections.abc import Mapping
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
+from vaeserve_server import pinned
+from vaeserve_server.buckets import bucket_for, bucket_sizes
 from vaeserve_server.bundle import Port
 from vaeserve_server.errors import DeviceError, GraphLoadError, GraphRunError, NotServingError
 
@@ -30,6 +34,8 @@ CUDA = "CUDAExecutionProvider"
 
 _log = logging.getLogger(__name__)
 _FATAL = 4
+# With capture on, ONNX Runtime's first run of a shape takes memory, the second is captured, the third is a replay.
+_CAPTURE_RUNS = 3
 # A graph of one Identity node, x [n] -> y [n], in opset 13: something to load before there is a model.
 _PROBE = (
     b'\x08\x08:=\n\x10\n\x01x\x12\x01y"\x08Identity\x12\x05probeZ\x10\n\x01x\x12\x0b\n\t\x08\x01\x12\x05\n\x03\x12\x01n'
@@ -38,10 +44,41 @@ _PROBE = (
 _INSTALL = 'install "vaeserve[server,cuda]" and an NVIDIA driver that goes with it'
 
 
-class Graph:
-    """One loaded graph. `run` may be called from several threads at once, and `stop` from any."""
+@dataclass(frozen=True)
+class CudaOptions:
+    """How ONNX Runtime uses a GPU; see the settings of the same names. `gpu_memory_bytes` 0 sets no limit."""
 
-    def __init__(self, session: onnxruntime.InferenceSession) -> None:
+    tf32: bool = False
+    nhwc: bool = False
+    gpu_memory_bytes: int = 0
+    cuda_graphs: bool = False
+
+    def provider_options(self) -> dict[str, str]:
+        """Return them in the CUDA provider's words."""
+        options = {
+            # TF32 keeps 10 bits of a float32's mantissa: not the parity that the card promises.
+            "use_tf32": str(int(self.tf32)),
+            # cuDNN's own estimate. Trying all kernels takes seconds for each shape, and may choose others next time.
+            "cudnn_conv_algo_search": "HEURISTIC",
+            # Take what is needed, not the next power of two of it: other models and processes share the GPU.
+            "arena_extend_strategy": "kSameAsRequested",
+            "prefer_nhwc": str(int(self.nhwc)),
+            "enable_cuda_graph": str(int(self.cuda_graphs)),
+        }
+        return options | ({"gpu_mem_limit": str(self.gpu_memory_bytes)} if self.gpu_memory_bytes else {})
+
+
+class Graph:
+    """One loaded graph. `run` may be called from several threads at once, and `stop` from any.
+
+    Before it serves, run it with as many rows as each of `warm_rows`, in each thread if `warm_everywhere`.
+    """
+
+    warm_everywhere = False
+
+    def __init__(self, session: onnxruntime.InferenceSession, max_rows: int) -> None:
+        """Take a session that will run at most `max_rows` rows at once."""
+        self.warm_rows: tuple[int, ...] = (1, max_rows)
         self._session = session
         self._run_options = onnxruntime.RunOptions()
         self._run_options.log_severity_level = _FATAL
@@ -55,18 +92,96 @@ class Graph:
     def run(self, batch: NDArray[np.float32]) -> list[NDArray[np.float32]]:
         """Return the outputs, each `(N, ...)`, for `batch` `(N, ...)`; GraphRunError if the run fails."""
         try:
-            outputs: list[NDArray[np.float32]] = self._session.run(
-                self._output_names, {self._input_name: batch}, self._run_options
-            )
+            return self._run(batch)
         except Exception as error:
             if self._run_options.terminate:
                 raise NotServingError("the model stopped being served while the call ran") from None
             raise GraphRunError(f"{type(error).__name__}: {error}") from error
-        return outputs
 
     def stop(self) -> None:
         """End the runs that are on, at their next node, and all later ones: they raise NotServingError."""
         self._run_options.terminate = True
+
+    def _run(self, batch: NDArray[np.float32]) -> list[NDArray[np.float32]]:
+        outputs: list[NDArray[np.float32]] = self._session.run(
+            self._output_names, {self._input_name: batch}, self._run_options
+        )
+        return outputs
+
+
+NewHostArray = Callable[[tuple[int, ...]], NDArray[np.float32]]
+
+
+class BoundGraph(Graph):
+    """A graph on a device of its own memory: padded to one of a few sizes, whose buffers are there before it serves.
+
+    Each thread has a set of buffers per size, bound once: rows are gathered in host memory that the device reads
+    directly, copied, run, and copied back. With `capture` the kernels of a size are replayed as one CUDA graph.
+    """
+
+    warm_everywhere = True
+
+    def __init__(
+        self,
+        session: onnxruntime.InferenceSession,
+        max_rows: int,
+        *,
+        device: Literal["cuda", "cpu"],
+        new_host_array: NewHostArray,
+        capture: bool = False,
+    ) -> None:
+        super().__init__(session, max_rows)
+        self._sizes = bucket_sizes(max_rows)
+        self.warm_rows = tuple(size for size in self._sizes for _ in range(_CAPTURE_RUNS if capture else 1))
+        self._device = device
+        self._new_host_array = new_host_array
+        self._capture = capture
+        self._of_thread = threading.local()
+
+    def _run(self, batch: NDArray[np.float32]) -> list[NDArray[np.float32]]:
+        size = bucket_for(len(batch), self._sizes)
+        buffers: dict[int, _Buffers] = self._of_thread.__dict__.setdefault("buffers", {})
+        if size not in buffers:
+            buffers[size] = self._bind(size)
+        if self._capture:  # which is for one thread, so that nobody else is between this line and the run
+            self._run_options.add_run_config_entry("gpu_graph_id", str(size))
+        return buffers[size].run(batch)
+
+    def _bind(self, size: int) -> _Buffers:
+        binding = self._session.io_binding()
+        values = []
+        for port in (*self.inputs, *self.outputs):
+            shape = [size, *(axis or 0 for axis in port.shape[1:])]
+            values.append(onnxruntime.OrtValue.ortvalue_from_shape_and_type(shape, np.float32, self._device, 0))
+        binding.bind_ortvalue_input(self._input_name, values[0])
+        for name, value in zip(self._output_names, values[1:], strict=True):
+            binding.bind_ortvalue_output(name, value)
+        host = self._new_host_array(tuple(values[0].shape()))
+        return _Buffers(partial(self._session.run_with_iobinding, binding, self._run_options), host, values)
+
+
+class _Buffers:
+    """One thread's buffers for one size: host memory to gather rows in, and what the device reads and writes."""
+
+    def __init__(
+        self, run: Callable[[], None], host: NDArray[np.float32], values: Sequence[onnxruntime.OrtValue]
+    ) -> None:
+        self._run = run
+        self._host = host
+        self._input, *self._outputs = values
+
+    def run(self, batch: NDArray[np.float32]) -> list[NDArray[np.float32]]:
+        """Return the outputs for the rows of `batch`, in arrays of their own."""
+        rows = len(batch)
+        self._host[:rows] = batch
+        self._host[rows:] = 0  # nobody's rows
+        self._input.update_inplace(self._host)
+        self._run()
+        return [self._own(output.numpy(), rows) for output in self._outputs]
+
+    def _own(self, output: NDArray[np.float32], rows: int) -> NDArray[np.float32]:
+        """Return the first rows; from a device `output` is a copy already, on a CPU it is the next run's too."""
+        return output[:rows].copy() if self._outputs[0].device_name() == "cpu" else output[:rows]
 
 
 class Runtime:
@@ -75,10 +190,11 @@ class Runtime:
     `fell_back_to_cpu` is True if `auto` met a GPU build of ONNX Runtime that cannot use a GPU here.
     """
 
-    def __init__(self, requested_device: Literal["auto", "cuda", "cpu"]) -> None:
+    def __init__(self, requested_device: Literal["auto", "cuda", "cpu"], cuda: CudaOptions | None = None) -> None:
         """Find out what works; DeviceError if `cuda` was asked for and does not."""
         onnxruntime.set_default_logger_severity(_FATAL)  # what fails raises, or is told from get_providers()
         self.requested_device = requested_device
+        self._cuda = cuda or CudaOptions()
         self.provider = CPU
         self.fell_back_to_cpu = False
         if requested_device == "cpu":
@@ -93,28 +209,34 @@ class Runtime:
             self.fell_back_to_cpu = True
             _log.warning("no usable GPU, running on the CPU", extra={"fields": {"reason": problem}})
 
-    def load(self, data: bytes) -> Graph:
-        """Return the graph of a serialised ONNX model.
+    def load(self, data: bytes, max_rows: int) -> Graph:
+        """Return the graph of a serialised ONNX model, for runs of at most `max_rows` rows.
 
         GraphLoadError if ONNX Runtime refuses it; DeviceError if it would not run on the device.
         """
-        graph = Graph(_session(data, self.provider))
+        session = _session(data, self.provider, self._cuda)
+        graph = self._on_gpu(session, max_rows) if session.get_providers()[0] == CUDA else Graph(session, max_rows)
         if graph.provider != self.provider:
             raise DeviceError(f"the graph would run on {graph.provider}, not on {self.provider}; {_INSTALL}")
         return graph
+
+    def _on_gpu(self, session: onnxruntime.InferenceSession, max_rows: int) -> BoundGraph:
+        new_host_array = partial(pinned.page_locked, library=pinned.driver())
+        capture = self._cuda.cuda_graphs
+        return BoundGraph(session, max_rows, device="cuda", new_host_array=new_host_array, capture=capture)
 
 
 def _cuda_problem() -> str:
     """Return why CUDA cannot be used, '' if it can: nothing less than a run on it proves that."""
     try:
-        ctypes.CDLL("libcuda.so.1" if os.name == "posix" else "nvcuda.dll")
+        pinned.driver()
     except OSError:
         return "there is no NVIDIA driver (libcuda cannot be loaded)"
     missing = io.StringIO()  # preload_dlls() prints its failures
     with contextlib.redirect_stdout(missing):
         onnxruntime.preload_dlls()
     try:
-        probe = Graph(_session(_PROBE, CUDA))
+        probe = Graph(_session(_PROBE, CUDA, CudaOptions()), 1)
         probe.run(np.zeros(1, np.float32))
     except (GraphLoadError, GraphRunError) as error:
         return _one_line(error)
@@ -123,7 +245,7 @@ def _cuda_problem() -> str:
     return ""
 
 
-def _session(data: bytes, provider: str) -> onnxruntime.InferenceSession:
+def _session(data: bytes, provider: str, cuda: CudaOptions) -> onnxruntime.InferenceSession:
     options = onnxruntime.SessionOptions()
     # One thread a run, and several runs at once: on two cores twice the decode rate of one run with two threads.
     options.intra_op_num_threads = 1
@@ -131,8 +253,7 @@ def _session(data: bytes, provider: str) -> onnxruntime.InferenceSession:
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     options.add_session_config_entry("session.inter_op.allow_spinning", "0")
     options.log_severity_level = _FATAL
-    # TF32 keeps 10 bits of a float32's mantissa: not the parity that the card promises.
-    providers = [(CUDA, {"use_tf32": "0"}), CPU] if provider == CUDA else [CPU]
+    providers = [(CUDA, cuda.provider_options()), CPU] if provider == CUDA else [CPU]
     try:
         return onnxruntime.InferenceSession(
             data, options, providers=providers, enable_fallback=0, read_config_from_model=0

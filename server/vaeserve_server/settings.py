@@ -45,6 +45,14 @@ class Settings(BaseSettings):
     """Where graphs run. cuda refuses to start without a working GPU; auto may fall back to the CPU, and says so."""
     threads: CountOrAuto = 0
     """Runs of graphs at once. 0 is the cores that this process may use on a CPU, 1 on a GPU."""
+    tf32: CliImplicitFlag[bool] = False
+    """On a GPU: multiply with 10 bits of mantissa. Faster, and less exact than the model's card says."""
+    nhwc: CliImplicitFlag[bool] = False
+    """On a GPU: run convolutions with channels last. Pays for wide ones; measure it on the model."""
+    gpu_memory_bytes: CountOrAuto = 0
+    """On a GPU: most memory that each graph's session may take for its arena. 0 is no limit."""
+    cuda_graphs: CliImplicitFlag[bool] = False
+    """On a GPU: replay each batch size's kernels as one CUDA graph. Pays for small models; one thread only."""
 
     transport: Transport = "grpc"
     """What carries the calls. envoy needs the extra of that name, and takes several times as many calls a second."""
@@ -75,6 +83,12 @@ class Settings(BaseSettings):
     """debug logs one line per call."""
     log_format: LogFormat = "text"
     """text is for people, json is one object a line."""
+
+    @model_validator(mode="after")
+    def _refuse_threads_of_cuda_graphs(self) -> Settings:
+        if self.cuda_graphs and self.threads > 1:
+            raise ValueError(f"cuda-graphs takes one thread, not {self.threads}; leave --threads out")
+        return self
 
     @model_validator(mode="after")
     def _refuse_open_address(self) -> Settings:
