@@ -99,7 +99,8 @@ def tour(options: argparse.Namespace, began: float) -> dict[str, Any]:
 
 def train(options: argparse.Namespace, run_dir: Path) -> None:
     """Fit, evaluate and export in processes of their own; a run that was cut off is gone on with."""
-    flags = ["--resume"] if run_dir.exists() else ["--preset", NAME]
+    # A run that was killed before it wrote its configuration has nothing to go on with.
+    flags = ["--resume"] if (run_dir / "config.json").is_file() else ["--preset", NAME]
     if options.epochs is not None:
         flags += ["--optimiser.epochs", str(options.epochs)]
     if options.data is not None:

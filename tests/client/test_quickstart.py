@@ -81,6 +81,7 @@ def test_nothing_was_trained_and_the_server_is_gone(toured):
 
 
 def test_without_a_model_it_asks_the_trainer_for_what_the_trainer_takes(quickstart, tmp_path, monkeypatch):
+    from vaeserve_training import checkpoint
     from vaeserve_training.commands.evaluate import EvaluateFlags
     from vaeserve_training.commands.export import ExportFlags
     from vaeserve_training.commands.fit import FitFlags
@@ -90,13 +91,15 @@ def test_without_a_model_it_asks_the_trainer_for_what_the_trainer_takes(quicksta
     monkeypatch.setattr(quickstart, "trainer", lambda *arguments: asked.append(arguments))
     options = quickstart.parse(["--runs", str(tmp_path), "--epochs", "3", "--data", str(MNIST_SUBSET)])
     quickstart.train(options, tmp_path / "mnist")
-    (tmp_path / "mnist").mkdir()
+    (tmp_path / "mnist").mkdir()  # as a run leaves it that was killed at its very beginning
     quickstart.train(options, tmp_path / "mnist")
-    assert [command for command, *_ in asked] == ["fit", "evaluate", "export"] * 2
-    fits = [parse(FitFlags, "fit", arguments[1:]) for arguments in (asked[0], asked[3])]
+    (tmp_path / "mnist" / checkpoint.CONFIG).write_text("{}")
+    quickstart.train(options, tmp_path / "mnist")
+    assert [command for command, *_ in asked] == ["fit", "evaluate", "export"] * 3
+    fits = [parse(FitFlags, "fit", arguments[1:]) for arguments in (asked[0], asked[3], asked[6])]
     for flags in fits:
         assert (flags.data.dataset, flags.data.path, flags.optimiser.epochs) == ("arrays", MNIST_SUBSET, 3)
-    assert [flags.resume for flags in fits] == [False, True]
+    assert [flags.resume for flags in fits] == [False, False, True]
     assert parse(EvaluateFlags, "evaluate", asked[1][1:]).run_dir == tmp_path / "mnist"
     assert parse(ExportFlags, "export", asked[2][1:]).models == options.models
 
