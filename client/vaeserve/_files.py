@@ -179,30 +179,42 @@ def _one_line(error: Exception) -> str:
 
 def _write_whole(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
     """Write beside `path` and rename: a reader sees the old file or the whole new one."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            write(file)
-        Path(name).chmod(0o666 & ~_umask())
-        Path(name).replace(path)
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            Path(name).unlink()
-        raise
+    with _failure_named(path):
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        try:
+            with os.fdopen(handle, "wb") as file:
+                write(file)
+            Path(name).chmod(0o666 & ~_umask())
+            Path(name).replace(path)
+        except BaseException:
+            with contextlib.suppress(FileNotFoundError):
+                Path(name).unlink()
+            raise
 
 
 def _write_folder(path: Path, images: Array) -> None:
     """Write one numbered PNG for each image into a new folder that appears when all are there."""
-    scratch = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
     digits = max(5, len(str(len(images) - 1)))
+    with _failure_named(path):
+        scratch = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+        try:
+            for row, pixels in enumerate(images):
+                _as_picture(pixels).save(scratch / f"{row:0{digits}d}.png")
+            scratch.chmod(0o777 & ~_umask())
+            scratch.replace(path)
+        except BaseException:
+            shutil.rmtree(scratch, ignore_errors=True)
+            raise
+
+
+@contextlib.contextmanager
+def _failure_named(path: Path) -> Iterator[None]:
+    """Turn an OSError into a FileProblem that names `path`: NumPy's own words for a full disk name nothing."""
     try:
-        for row, pixels in enumerate(images):
-            _as_picture(pixels).save(scratch / f"{row:0{digits}d}.png")
-        scratch.chmod(0o777 & ~_umask())
-        scratch.replace(path)
-    except BaseException:
-        shutil.rmtree(scratch, ignore_errors=True)
-        raise
+        yield
+    except OSError as error:
+        reason = error.strerror or f"{_one_line(error)}; is the disk full?"
+        raise FileProblem(f"{path}: cannot be written ({reason}); nothing half-written was left") from None
 
 
 def _grid(images: Array) -> Array:

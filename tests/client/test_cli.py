@@ -1,5 +1,6 @@
 """The command line: files in, files out, one clear line where something is wrong."""
 
+import errno
 import json
 import os
 import signal
@@ -231,6 +232,30 @@ def test_without_pillow_image_files_are_told_what_to_install(run, pictures, tmp_
         assert status == 1
         assert "image files need Pillow: pip install 'vaeserve[cli]'" in err
     assert run("sample", 1, "-o", tmp_path / "o.npy")[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "function", "error", "words"),
+    [
+        (
+            "x.npy",
+            "numpy.save",
+            OSError("7840 requested and 0 written"),
+            "7840 requested and 0 written; is the disk full?",
+        ),
+        ("x.npz", "numpy.savez", OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), "No space left on device"),
+        ("folder", "PIL.Image.Image.save", OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), "No space left on device"),
+    ],
+)
+def test_a_full_disk_is_one_line_that_names_the_file(run, tmp_path, monkeypatch, *, name, function, error, words):
+    def full(*_, **__):
+        raise error
+
+    monkeypatch.setattr(function, full)
+    status, out, err = run("sample", 2, "-o", tmp_path / name)
+    assert (status, out) == (1, "")
+    assert err == f"vaeserve: {tmp_path / name}: cannot be written ({words}); nothing half-written was left\n"
+    assert not list(tmp_path.iterdir())
 
 
 def test_files_are_replaced_whole_and_as_readable_as_any(run, tmp_path):

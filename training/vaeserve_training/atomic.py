@@ -11,7 +11,8 @@ import errno
 import os
 import secrets
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 
@@ -53,6 +54,15 @@ def publish_folder(path: Path, files: Mapping[str, bytes]) -> None:
     _sync_folder(path.parent)
 
 
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Let every OSError of the block name `path`: that of a full disk names no file."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
+
+
 def _rename_to_new(temporary: Path, path: Path) -> None:
     # A rename onto an empty folder would replace it. One onto a folder with files fails by itself, so that of two
     # writers who both come this far the second does not win.
@@ -72,7 +82,7 @@ def _name_beside(path: Path) -> Path:
 
 
 def _write_synced(path: Path, content: bytes) -> None:
-    with path.open("xb") as file:
+    with naming(path), path.open("xb") as file:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())

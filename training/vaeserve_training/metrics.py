@@ -32,7 +32,7 @@ def truncate(path: Path, epoch: int) -> None:
 
 def append(path: Path, record: Record) -> None:
     """Add one record and flush it to the disk."""
-    with path.open("ab") as file:
+    with atomic.naming(path), path.open("ab") as file:
         file.write(_line(record))
         file.flush()
         os.fsync(file.fileno())
