@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -204,7 +204,7 @@ class Decoded:
 
 @dataclass(frozen=True, slots=True)
 class ModelInfo:
-    """A served model: what it is and how it is being served.
+    """A served model: what it is and how it is being served. `print` shows it in a few lines.
 
     Attributes:
         ref: its name, version and digest.
@@ -223,8 +223,11 @@ class ModelInfo:
     encoder_input: str
     provider: str
     max_rows_per_call: int
-    card: vae_pb2.ModelCard
-    serving: vae_pb2.Serving
+    card: vae_pb2.ModelCard = field(repr=False)  # hundreds of lines
+    serving: vae_pb2.Serving = field(repr=False)
+
+    def __str__(self) -> str:
+        return "\n".join(self._lines())
 
     @property
     def name(self) -> str:
@@ -256,6 +259,25 @@ class ModelInfo:
             card=card,
             serving=serving,
         )
+
+    def _lines(self) -> Iterator[str]:
+        card, serving = self.card, self.serving
+        rows = {
+            "images": " x ".join(map(str, self.image_shape)),
+            "latents": " x ".join(map(str, self.latent_shape)),
+            "encoder input": self.encoder_input,
+            "likelihood": vae_pb2.Likelihood.Name(card.likelihood).removeprefix("LIKELIHOOD_").lower(),
+            "data": f"{card.dataset.name or 'unknown'}, {card.dataset.train_images} training images",
+            "provider": f"{self.provider} (asked for: {serving.requested_device})"
+            + (", fell back to the CPU" if serving.fell_back_to_cpu else ""),
+            "rows per call": f"at most {self.max_rows_per_call}",
+            "digest": self.digest,
+        }
+        yield str(self.ref)
+        yield from (f"  {name:<14} {value}" for name, value in rows.items())
+        for evaluation in card.evaluations:
+            if evaluation.HasField("neg_elbo_nats"):
+                yield f"  {'-ELBO':<14} {evaluation.neg_elbo_nats:.2f} nats ({evaluation.protocol})"
 
 
 def _own(parts: Sequence[Array | None]) -> Array:

@@ -6,7 +6,7 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +17,6 @@ from vaeserve._files import FileProblem
 from vaeserve._results import ModelInfo, ModelRef
 from vaeserve._version import __version__
 from vaeserve.errors import VaeserveError
-from vaeserve.v1 import vae_pb2
 
 if TYPE_CHECKING:
     from vaeserve.client import Client
@@ -49,7 +48,7 @@ def _info(client: Client, options: argparse.Namespace) -> int:
     if options.json:
         _say(json.dumps([_as_json(model) for model in models], indent=2))
     else:
-        _say("\n\n".join("\n".join(_describe(model)) for model in models))
+        _say("\n\n".join(map(str, models)))
     return _OK
 
 
@@ -201,26 +200,6 @@ def _connect(options: argparse.Namespace) -> Client:
         tls=tls,
         token=options.token_file.read_text().strip() if options.token_file else None,
     )
-
-
-def _describe(model: ModelInfo) -> Iterator[str]:
-    card, serving = model.card, model.serving
-    rows = {
-        "images": " x ".join(map(str, model.image_shape)),
-        "latents": " x ".join(map(str, model.latent_shape)),
-        "encoder input": model.encoder_input,
-        "likelihood": vae_pb2.Likelihood.Name(card.likelihood).removeprefix("LIKELIHOOD_").lower(),
-        "data": f"{card.dataset.name or 'unknown'}, {card.dataset.train_images} training images",
-        "provider": f"{model.provider} (asked for: {serving.requested_device})"
-        + (", fell back to the CPU" if serving.fell_back_to_cpu else ""),
-        "rows per call": f"at most {model.max_rows_per_call}",
-        "digest": model.digest,
-    }
-    yield str(model.ref)
-    yield from (f"  {name:<14} {value}" for name, value in rows.items())
-    for evaluation in card.evaluations:
-        if evaluation.HasField("neg_elbo_nats"):
-            yield f"  {'-ELBO':<14} {evaluation.neg_elbo_nats:.2f} nats ({evaluation.protocol})"
 
 
 def _as_json(model: ModelInfo) -> dict[str, Any]:

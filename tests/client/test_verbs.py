@@ -179,6 +179,10 @@ def test_model_says_what_is_served(client, bundle_dir):
     assert info.max_rows_per_call >= 1
     assert info.digest in (bundle_dir / "model.json").read_text()
     assert client.model("mnist/1").ref == ModelRef("mnist", "1", info.digest) == info.ref
+    assert str(info).startswith("mnist/1\n")
+    assert info.digest in str(info)
+    assert len(str(info).splitlines()) < 15  # the card alone has hundreds of lines
+    assert "\n" not in repr(info)
 
 
 def test_answers_say_which_model_gave_them(client, test_images):
