@@ -14,6 +14,7 @@ from collections.abc import Sequence
 COMMANDS = {
     "fit": "train a model, or go on with a run that was cut off",
     "evaluate": "compute held-out figures of a trained model",
+    "fit-prior": "fit a flow to a trained model's aggregate posterior, to sample from instead of N(0, I)",
     "export": "publish a trained model as a bundle of ONNX graphs for the server",
     "ladder": "climb from one memorised image to a VAE that generates, measured and drawn step by step",
     "data": "fetch and check a data set, and say what is in it",
@@ -40,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             f"{f'there is no command {name!r}' if name else 'a command is needed'}; it is one of {_names()}", 2
         )
     try:
-        command = importlib.import_module(f"vaeserve_training.commands.{name}")
+        command = importlib.import_module(f"vaeserve_training.commands.{name.replace('-', '_')}")
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] in _OWN_PACKAGES:
             raise

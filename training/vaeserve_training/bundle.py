@@ -1,4 +1,4 @@
-"""Write a bundle: the two graphs and the card with which a model leaves training.
+"""Write a bundle: the graphs and the card with which a model leaves training.
 
 A server trusts a bundle by its digests, and an operator by its version. So the digest depends on nothing but what the
 graphs compute, a version appears whole or not at all, and it never changes once it is there.
@@ -21,8 +21,9 @@ from vaeserve_training import atomic
 
 ENCODER_FILE = "encoder.onnx"
 DECODER_FILE = "decoder.onnx"
+PRIOR_FILE = "prior.onnx"
 CARD_FILE = "model.json"
-DIGEST_KEY = "vaeserve.digest"  # in the metadata of both graphs
+DIGEST_KEY = "vaeserve.digest"  # in the metadata of each graph
 SCHEMA_VERSION = 1
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")

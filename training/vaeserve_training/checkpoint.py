@@ -132,6 +132,13 @@ def latest_position(run_dir: Path) -> tuple[int, int]:
     return (0, 0) if newest is None else _position(newest)
 
 
+def beside(path: Path, file: str) -> Path:
+    """Return where `file` about a checkpoint belongs: in its run's folder, or beside one taken out of it."""
+    if path.parent.name == FOLDER:
+        return path.parent.parent / file
+    return path.with_name(f"{path.name}.{file}")
+
+
 def remove_leftovers(run_dir: Path) -> None:
     """Remove what a killed process had not yet published, or had not finished removing."""
     for path in (run_dir / FOLDER).glob(".*.tmp"):

@@ -182,6 +182,23 @@ class TrainConfig(Section):
             raise ConfigError(describe(error)) from None
 
 
+class PriorConfig(Section):
+    """The flow that is fitted to a trained model's aggregate posterior, and how."""
+
+    couplings: Positive = 8
+    """Affine couplings, each followed by a permutation of the latents."""
+    hidden: Positive = 128
+    """Width of the two hidden layers in each coupling."""
+    steps: Positive = 4000
+    """Steps of the fit; its learning rate falls to 0 along a cosine."""
+    batch_size: Positive = 512
+    """Latents per step, each from the posterior of another training image."""
+    learning_rate: Annotated[float, Field(gt=0)] = 1e-3
+    """Highest learning rate."""
+    seed: Count = 0
+    """Seed of the flow's weights and permutations, the binarisation and the latents."""
+
+
 def check_image_shape(image_shape: tuple[int, int, int], channels: tuple[int, ...]) -> None:
     """Raise ConfigError unless height and width survive one halving per convolution."""
     factor = 2 ** len(channels)

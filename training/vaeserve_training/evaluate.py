@@ -22,7 +22,7 @@ from vaeserve_training.compute import as_tensor
 from vaeserve_training.config import LikelihoodName
 from vaeserve_training.data import ImageData
 from vaeserve_training.models import Vae
-from vaeserve_training.objectives import Observation, Posterior
+from vaeserve_training.objectives import Observation, Posterior, Prior
 from vaeserve_training.randomness import BLOCK_IMAGES, Stream, generator, image_noise
 from vaeserve_training.report import EvaluationError, Report
 
@@ -60,28 +60,50 @@ def evaluate(
     seed: int = 0,
     iw_samples: int = 0,
     batch_size: int = DEFAULT_BATCH_SIZE,
+    images: int | None = None,
+    prior: Prior | None = None,
     advance: Advance | None = None,
 ) -> Report:
-    """Evaluate a model on `data.test`, on the device it is on.
+    """Evaluate a model on `data.test`, or the first `images` of them, on the device it is on.
 
-    `iw_samples` is k of the importance-weighted NLL, 0 leaves it out; `batch_size` bounds the images in memory;
-    `advance` is told the number of images (k = 0) or importance samples finished. Raises EvaluationError if there are
-    no test images or a figure is not finite.
+    `iw_samples` is k of the importance-weighted NLL, 0 leaves it out; `batch_size` bounds the images in memory; a
+    `prior` adds the figures under it to those under N(0, I). `advance` is told the number of images (k = 0) or
+    importance samples finished, `work` of them in all. Raises EvaluationError if there are no test images or a figure
+    is not finite.
     """
     if not len(data.test):
         raise EvaluationError(f"data set {data.name} has no test images; raise data.test_fraction")
-    first = bound(vae, data.test, likelihood, seed=seed, batch_size=batch_size, advance=None if iw_samples else advance)
-    evaluation = _evaluation(first, data, likelihood, seed, grey_input=likelihood != "bernoulli")
-    if iw_samples:
-        nll = iw_nll(vae, data.test, likelihood, seed=seed, k=iw_samples, batch_size=batch_size, advance=advance)
-        evaluation.iw_nll_nats = float(nll.mean())
-        evaluation.iw_samples = iw_samples
-        evaluation.protocol += f"; importance-weighted NLL with k = {iw_samples}"
-    evaluations = [evaluation]
+    pixels = data.test[:images]
+
+    def judged(prior: Prior | None) -> tuple[Bound, vae_pb2.Evaluation]:
+        told = None if iw_samples else advance
+        terms = bound(vae, pixels, likelihood, seed=seed, prior=prior, batch_size=batch_size, advance=told)
+        entry = _evaluation(terms, data, likelihood, seed, grey_input=likelihood != "bernoulli")
+        if prior is not None:
+            entry.ClearField("rate_nats")  # it is the rate against N(0, I)
+            entry.protocol += "; prior: the fitted one"
+        if iw_samples:
+            nll = iw_nll(
+                vae, pixels, likelihood, seed=seed, k=iw_samples, prior=prior, batch_size=batch_size, advance=advance
+            )
+            entry.iw_nll_nats = float(nll.mean())
+            entry.iw_samples = iw_samples
+            entry.protocol += f"; importance-weighted NLL with k = {iw_samples}"
+        return terms, entry
+
+    first, entry = judged(None)
+    evaluations = [entry]
     if likelihood == "bernoulli" and not data.binarised:
-        grey = bound(vae, data.test, likelihood, seed=seed, grey_input=True, batch_size=batch_size)
+        grey = bound(vae, pixels, likelihood, seed=seed, grey_input=True, batch_size=batch_size)
         evaluations.append(_evaluation(grey, data, likelihood, seed, grey_input=True))
+    if prior is not None and likelihood != "mse":
+        evaluations.append(judged(prior)[1])
     return Report(evaluations, latent_statistics(first))
+
+
+def work(data: ImageData, *, iw_samples: int, images: int | None = None, prior: Prior | None = None) -> int:
+    """Return how much `evaluate` tells `advance` in all."""
+    return len(data.test[:images]) * max(1, iw_samples) * (1 if prior is None else 2)
 
 
 def bound(
@@ -91,12 +113,14 @@ def bound(
     *,
     seed: int = 0,
     grey_input: bool = False,
+    prior: Prior | None = None,
     batch_size: int = DEFAULT_BATCH_SIZE,
     advance: Advance | None = None,
 ) -> Bound:
     """Return the terms with one posterior sample for each of the uint8 images (M, C, H, W).
 
-    `grey_input` feeds the encoder intensities in 0..1 instead of the Bernoulli sample that is the target.
+    `grey_input` feeds the encoder intensities in 0..1 instead of the Bernoulli sample that is the target. The prior is
+    N(0, I) if not given; under another one the rate is a sample.
     """
     parts = []
     with _evaluating(vae) as device:
@@ -104,7 +128,7 @@ def bound(
             batch = as_tensor(pixels[start : start + batch_size])
             observation = _observe(batch, likelihood, seed, start, device, grey_input=grey_input)
             noise = image_noise(seed, Stream.POSTERIOR, start, start + len(batch), (vae.latent_size,))
-            terms = objectives.terms(vae, observation, noise.to(device), likelihood)
+            terms = objectives.terms(vae, observation, noise.to(device), likelihood, prior)
             parts.append([tensor.cpu().double() for tensor in (terms.distortion, terms.rate, *terms.posterior)])
             if advance:
                 advance(len(batch))
@@ -119,6 +143,7 @@ def iw_nll(
     *,
     k: int,
     seed: int = 0,
+    prior: Prior | None = None,
     batch_size: int = DEFAULT_BATCH_SIZE,
     advance: Advance | None = None,
 ) -> NDArray[np.float64]:
@@ -139,7 +164,9 @@ def iw_nll(
             block = (seed, Stream.IMPORTANCE, start // BLOCK_IMAGES)
             for drawn in _importance_noise(block, k, vae.latent_size, batch_size, device):
                 noise = drawn[:, : len(batch)]
-                weights = objectives.log_importance_weights(vae, posterior, observation.target, noise, likelihood)
+                weights = objectives.log_importance_weights(
+                    vae, posterior, observation.target, noise, likelihood, prior=prior
+                )
                 log_sum = torch.logaddexp(log_sum, weights.double().logsumexp(0))
                 if advance:
                     advance(len(noise) * len(batch))
@@ -179,7 +206,7 @@ def _evaluation(
     if not math.isfinite(terms.neg_elbo):
         raise EvaluationError(f"the loss on {data.name} is {terms.neg_elbo}; the model has diverged, train it again")
     evaluation = vae_pb2.Evaluation(
-        protocol=_protocol(data, likelihood, seed, grey_input=grey_input),
+        protocol=_protocol(data, len(terms.rate), likelihood, seed, grey_input=grey_input),
         images=len(terms.rate),
         encoder_input=vae_pb2.ENCODER_INPUT_GREY if grey_input else vae_pb2.ENCODER_INPUT_BINARISED,
         rate_nats=float(terms.rate.mean()),
@@ -196,8 +223,10 @@ def _evaluation(
     return evaluation
 
 
-def _protocol(data: ImageData, likelihood: LikelihoodName, seed: int, *, grey_input: bool) -> str:
+def _protocol(data: ImageData, judged: int, likelihood: LikelihoodName, seed: int, *, grey_input: bool) -> str:
     images = f"{len(data.test)} test images of {data.name}"
+    if judged < len(data.test):
+        images = f"the first {judged} of {images}"
     sampling = f"1 posterior sample per image, seed {seed}"
     if likelihood == "mse":
         return f"{images}; intensities in 0..1, mean squared error + KL, no likelihood; {sampling}"

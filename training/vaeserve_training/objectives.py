@@ -28,7 +28,7 @@ Every term is computed in float32, whatever the networks ran in.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple, Protocol
 
 import torch
@@ -49,6 +49,13 @@ class GenerativeModel(Protocol):
     decoder: Decoder
     log_sigma: Tensor | None
     training: bool
+
+
+class Prior(Protocol):
+    """A p(z) other than N(0, I)."""
+
+    def log_density(self, latent: Tensor) -> Tensor:
+        """Return log p(z) in nats, (..., D) -> (...)."""
 
 
 @dataclass(frozen=True)
@@ -113,6 +120,11 @@ def kl_divergence(mean: Tensor, log_variance: Tensor) -> Tensor:
     return 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance)
 
 
+def standard_normal_log_density(latent: Tensor) -> Tensor:
+    """Return log N(z; 0, I) in nats, (..., D) -> (...)."""
+    return -0.5 * (latent.square() + LOG_2PI).sum(-1)
+
+
 def bernoulli_nll(logits: Tensor, target: Tensor) -> Tensor:
     """Return -log p(target) of independent Bernoulli pixels, summed over each image: (N, C, H, W) -> (N,)."""
     return F.binary_cross_entropy_with_logits(logits, target, reduction="none").flatten(1).sum(1)
@@ -160,9 +172,18 @@ def distortion(model: GenerativeModel, latent: Tensor, target: Tensor, likelihoo
     return gaussian_nll(image, target, log_sigma.float())
 
 
-def terms(vae: Vae, observation: Observation, noise: Tensor, likelihood: LikelihoodName) -> Terms:
-    """Return the bound's terms with one posterior sample per image; `noise` is N(0, 1), float32 (N, D)."""
-    return losses(vae, observation, noise.unsqueeze(0), likelihood)[1]
+def terms(
+    vae: Vae, observation: Observation, noise: Tensor, likelihood: LikelihoodName, prior: Prior | None = None
+) -> Terms:
+    """Return the bound's terms with one posterior sample per image; `noise` is N(0, 1), float32 (N, D).
+
+    Under a `prior` other than N(0, I) the rate is that sample's log q(z|x) - log p(z), not a closed form.
+    """
+    found = losses(vae, observation, noise.unsqueeze(0), likelihood)[1]
+    if prior is None:
+        return found
+    latent = reparameterize(*found.posterior, noise)
+    return replace(found, rate=-_log_prior_ratio(found.posterior, latent, noise, prior))
 
 
 def losses(
@@ -190,19 +211,28 @@ def losses(
 
 
 def log_importance_weights(
-    vae: Vae, posterior: Posterior, target: Tensor, noise: Tensor, likelihood: LikelihoodName
+    vae: Vae,
+    posterior: Posterior,
+    target: Tensor,
+    noise: Tensor,
+    likelihood: LikelihoodName,
+    *,
+    prior: Prior | None = None,
 ) -> Tensor:
     """Return log p(x|z) + log p(z) - log q(z|x) for K latents of each image, (K, N); `noise` is (K, N, D).
 
-    Burda, Grosse and Salakhutdinov 2016, the logarithm of the weights in equation 8.
+    Burda, Grosse and Salakhutdinov 2016, the logarithm of the weights in equation 8. The prior is N(0, I) if not given.
     """
     latent = reparameterize(posterior.mean, posterior.log_variance, noise)
-    return _log_prior_ratio(posterior, latent, noise) - _distortions(vae, latent, target, likelihood)
+    return _log_prior_ratio(posterior, latent, noise, prior) - _distortions(vae, latent, target, likelihood)
 
 
-def _log_prior_ratio(posterior: Posterior, latent: Tensor, noise: Tensor) -> Tensor:
-    """Return log p(z) - log q(z|x), (K, N): the constants cancel, and (z - mean) / stddev is the noise."""
-    return 0.5 * (noise.square() - latent.square() + posterior.log_variance).sum(-1)
+def _log_prior_ratio(posterior: Posterior, latent: Tensor, noise: Tensor, prior: Prior | None = None) -> Tensor:
+    """Return log p(z) - log q(z|x), (..., N, D) -> (..., N); (z - mean) / stddev is the noise."""
+    if prior is None:  # the constants cancel
+        return 0.5 * (noise.square() - latent.square() + posterior.log_variance).sum(-1)
+    log_q = standard_normal_log_density(noise) - 0.5 * posterior.log_variance.sum(-1)
+    return prior.log_density(latent) - log_q
 
 
 def _distortions(vae: Vae, latent: Tensor, target: Tensor, likelihood: LikelihoodName) -> Tensor:

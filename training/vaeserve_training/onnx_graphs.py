@@ -1,4 +1,4 @@
-"""Turn an encoder and a decoder into the bytes of two ONNX graphs that depend on nothing but what they compute.
+"""Turn encoder, decoder and fitted prior into the bytes of ONNX graphs that depend on nothing but what they compute.
 
 The same weights give the same bytes in any process on any day, so that a digest means something. What PyTorch's
 exporter adds for its own debugging (a stack trace with local paths at every node, among others) is taken out again.
@@ -73,6 +73,12 @@ def build_decoder(module: DecoderGraph, latent_shape: Sequence[int], digest: str
     """Return the graph `latent` -> `image` that carries `digest`; ExportError if it cannot be made."""
     model = _convert(module, latent_shape, "latent", ["image"])
     return _finish(model, "decoder", digest)
+
+
+def build_prior(module: nn.Module, latent_shape: Sequence[int], digest: str) -> bytes:
+    """Return the graph `noise` -> `latent` that carries `digest`; ExportError if it cannot be made."""
+    model = _convert(module, latent_shape, "noise", ["latent"])
+    return _finish(model, "prior", digest)
 
 
 def _convert(module: nn.Module, row_shape: Sequence[int], input_name: str, output_names: list[str]) -> onnx.ModelProto:

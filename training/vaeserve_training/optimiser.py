@@ -33,9 +33,13 @@ def learning_rate(config: OptimiserConfig, step: int, total_steps: int) -> float
         return config.learning_rate
     if config.schedule == "iwae":
         return config.learning_rate * 10 ** (-iwae_stage(step * config.epochs // total_steps) / 7)
-    progress = (step - config.warmup_steps) / max(1, total_steps - 1 - config.warmup_steps)
-    cosine = 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
-    return config.learning_rate * (config.final_fraction + (1 - config.final_fraction) * cosine)
+    share = cosine(step - config.warmup_steps, total_steps - config.warmup_steps)
+    return config.learning_rate * (config.final_fraction + (1 - config.final_fraction) * share)
+
+
+def cosine(step: int, steps: int) -> float:
+    """Return 1 at step 0, 0 at the last of `steps`, and half a cosine between."""
+    return 0.5 * (1 + math.cos(math.pi * min(step / max(1, steps - 1), 1.0)))
 
 
 def iwae_stage(epoch: int) -> int:

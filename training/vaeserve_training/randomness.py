@@ -25,6 +25,7 @@ class Stream(IntEnum):
     OBSERVATION = 3
     POSTERIOR = 4
     IMPORTANCE = 5
+    PRIOR = 6
 
 
 def seed_of(*key: int) -> int:

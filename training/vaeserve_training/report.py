@@ -27,17 +27,20 @@ class Report:
     """What `vaeserve-train evaluate` finds: one Evaluation per protocol, and the latents under the first of them.
 
     `weights_sha256` is the digest of the weights that were evaluated, as in `checkpoint.Checkpoint`; '' if not known.
+    `prior_sha256` is that of the fitted prior, '' if there was none.
     """
 
     evaluations: list[vae_pb2.Evaluation]
     latent_statistics: vae_pb2.LatentStatistics
     weights_sha256: str = ""
+    prior_sha256: str = ""
 
     def to_json(self) -> str:
         """Return the report as indented JSON, with the field names of vae.proto."""
         return json.dumps(
             {
                 "weights_sha256": self.weights_sha256,
+                "prior_sha256": self.prior_sha256,
                 "evaluations": [_to_dict(evaluation) for evaluation in self.evaluations],
                 "latent_statistics": _to_dict(self.latent_statistics),
             },
@@ -51,7 +54,7 @@ class Report:
             record = json.loads(path.read_bytes())
             evaluations = [json_format.ParseDict(entry, vae_pb2.Evaluation()) for entry in record["evaluations"]]
             latents = json_format.ParseDict(record["latent_statistics"], vae_pb2.LatentStatistics())
-            return cls(evaluations, latents, str(record["weights_sha256"]))
+            return cls(evaluations, latents, str(record["weights_sha256"]), str(record["prior_sha256"]))
         except OSError as error:
             raise EvaluationError(f"cannot read {path}: {error.strerror}") from error
         except (ValueError, KeyError, TypeError, json_format.ParseError) as error:
@@ -60,9 +63,7 @@ class Report:
 
 def default_path(path: Path) -> Path:
     """Return where the report on a checkpoint belongs: in its run's folder, or beside a checkpoint taken out of it."""
-    if path.parent.name == checkpoint.FOLDER:
-        return path.parent.parent / FILE
-    return path.with_name(f"{path.name}.{FILE}")
+    return checkpoint.beside(path, FILE)
 
 
 def table(report: Report) -> Group:

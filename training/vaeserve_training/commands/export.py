@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -9,16 +10,17 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from vaeserve_training import atomic, bundle, checkpoint, report
+from vaeserve_training import atomic, bundle, checkpoint, prior_fit, report
 from vaeserve_training.bundle import BundleError
 from vaeserve_training.checkpoint import Checkpoint, CheckpointError
 from vaeserve_training.commands.flags import Flags, log_to_stderr, parse, say
 from vaeserve_training.compute import choose_device
 from vaeserve_training.config import ConfigError
 from vaeserve_training.data import ImageData, load
-from vaeserve_training.evaluate import evaluate
+from vaeserve_training.evaluate import evaluate, work
 from vaeserve_training.export import export
 from vaeserve_training.onnx_graphs import ExportError
+from vaeserve_training.prior_fit import FittedPrior
 from vaeserve_training.progress import Bar
 from vaeserve_training.report import EvaluationError, Report
 from vaeserve_training.sources import DataError
@@ -27,8 +29,9 @@ USER_ERRORS = (BundleError, ConfigError, DataError, CheckpointError, EvaluationE
 
 
 class ExportFlags(Flags):
-    """Publish a trained model as a bundle: two ONNX graphs, proven equal to the model, and a card.
+    """Publish a trained model as a bundle: ONNX graphs, proven equal to the model, and a card.
 
+    A prior that was fitted to the model (vaeserve-train fit-prior) goes with it, as a third graph.
     The card's held-out figures are those of the run's evaluation.json if it is of the same weights; otherwise the model
     is evaluated first.
     """
@@ -43,6 +46,8 @@ class ExportFlags(Flags):
     """Version to publish; unset: the next free one."""
     evaluate: bool = True
     """Leave the held-out figures out of the card."""
+    prior: bool = True
+    """Leave a fitted prior out of the bundle."""
     device: Literal["auto", "cuda", "cpu"] = "auto"
     """Where to evaluate; auto takes CUDA where it works."""
     quiet: bool = False
@@ -58,8 +63,11 @@ def run(arguments: Sequence[str]) -> int:
         bundle.check_version_is_free(flags.models, flags.name, flags.version)
     model = checkpoint.load(flags.run_dir)
     data = load(model.config.data)
-    found = _evaluation(model, data, flags) if flags.evaluate else None
-    folder = export(model.path, flags.models, name=flags.name, version=flags.version, evaluation=found, data=data)
+    prior = prior_fit.load_for(model) if flags.prior else None
+    found = _evaluation(model, data, flags, prior) if flags.evaluate else None
+    folder = export(
+        model.path, flags.models, name=flags.name, version=flags.version, evaluation=found, prior=prior, data=data
+    )
     say(f"published {folder}")
     for graph in bundle.read_card(folder).graphs:
         for parity in graph.parity:
@@ -71,16 +79,19 @@ def run(arguments: Sequence[str]) -> int:
     return 0
 
 
-def _evaluation(model: Checkpoint, data: ImageData, flags: ExportFlags) -> Report:
-    """Return the run's report if it is of these weights; otherwise evaluate, and write the report beside the run."""
+def _evaluation(model: Checkpoint, data: ImageData, flags: ExportFlags, prior: FittedPrior | None) -> Report:
+    """Return the run's report if it is of these weights and this prior, else evaluate and write one."""
     path = report.default_path(model.path)
+    digest = "" if prior is None else prior.sha256
     if path.is_file():
         known = Report.from_json(path)
-        if known.weights_sha256 == model.weights_sha256:
+        if (known.weights_sha256, known.prior_sha256) == (model.weights_sha256, digest):
             return known
-    vae = model.vae.to(choose_device(flags.device))
-    with Bar("evaluating", len(data.test), show=not flags.quiet) as bar:
-        found = evaluate(vae, data, model.config.objective.likelihood, advance=bar.advance)
-    found = replace(found, weights_sha256=model.weights_sha256)
+    device = choose_device(flags.device)
+    flow = None if prior is None else copy.deepcopy(prior.flow).to(device)
+    with Bar("evaluating", work(data, iw_samples=0, prior=flow), show=not flags.quiet) as bar:
+        likelihood = model.config.objective.likelihood
+        found = evaluate(model.vae.to(device), data, likelihood, prior=flow, advance=bar.advance)
+    found = replace(found, weights_sha256=model.weights_sha256, prior_sha256=digest)
     atomic.write_file(path, found.to_json().encode())
     return found
