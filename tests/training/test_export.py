@@ -255,6 +255,17 @@ import vaeserve_training.commands.export
 """
 
 
+def test_how_the_first_weights_were_drawn_is_no_part_of_what_a_bundle_is(
+    checkpoint_dir: Path, bundle_dir: Path, tmp_path: Path
+) -> None:
+    copy = Path(shutil.copytree(checkpoint.resolve(checkpoint_dir), tmp_path / "checkpoint"))
+    config = checkpoint.load(copy).config.with_changes(model={"initialisation": "glorot"})
+    (copy / checkpoint.CONFIG).write_text(config.to_json())
+    published = export(copy, tmp_path / "models", name="mnist")
+    for file in GRAPH_FILES:
+        assert (published / file).read_bytes() == (bundle_dir / file).read_bytes()
+
+
 def test_onnx_runtime_is_imported_with_its_telemetry_off() -> None:
     environment = {name: value for name, value in os.environ.items() if name != "ORT_DISABLE_TELEMETRY"}
     command = [sys.executable, "-c", TELEMETRY_AT_IMPORT]

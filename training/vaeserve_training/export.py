@@ -145,7 +145,8 @@ def _digest(model: Checkpoint, prior: FittedPrior | None) -> str:
         for name, tensor in module.state_dict().items()
     }
     architecture: dict[str, object] = {"image_shape": list(model.config.data.image_shape)}
-    architecture |= model.config.model.model_dump(mode="json")
+    # How the first weights were drawn changes no graph.
+    architecture |= model.config.model.model_dump(mode="json", exclude={"initialisation"})
     if prior is not None:
         architecture["prior"] = prior.config.model_dump(mode="json", include={"couplings", "hidden"})
     return bundle.digest(weights, architecture, onnx_graphs.SETTINGS)
