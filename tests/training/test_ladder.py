@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+
 from conftest import MNIST_SUBSET
 from headless import find_browser, open_page
 from vaeserve_training.__main__ import main
@@ -36,8 +37,8 @@ HANDFUL = QUICK.model_copy(
         "steps": 400,
         "snapshots": (0, 10, 100),
         "betas": (0.1, 1.0, 8.0),
-        "deconvolution": ModelConfig(latent_size=4, channels=(8, 16), hidden=(64,)),
-        "constant_steps": 700,
+        "deconvolution": ModelConfig(latent_size=4, channels=(8, 16), hidden=(128,)),
+        "constant_steps": 1000,
         "one_hot_images": (1, 4, 8),
         "one_hot_steps": 1500,
         "vector_sizes": (1, 2, 8),

@@ -5,7 +5,6 @@ The look is that of figures.py; here are the forms that comparisons need.
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +15,7 @@ from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
+from matplotlib.textpath import TextPath
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
 from numpy.typing import NDArray
 
@@ -36,8 +36,9 @@ _MARGIN_PX = 14
 _GAP_PX = 3
 _PANEL_GAP_PX = 28
 _LINE_PX = 17  # a line of text
-_CHARACTER_PX = 7.2  # its width at the size of labels
-_NOTE_CHARACTER_PX = 6.1
+_LABEL_POINTS = 9
+_NOTE_POINTS = 8
+_HINTING = 1.06  # small letters are moved to whole pixels, which makes lines wider than their outlines
 _TARGET_TILE_PX = 56
 _MIN_WIDTH_PX = 560  # narrower, and the note would take many lines
 _PANEL_INCHES = (4.6, 3.5)
@@ -61,7 +62,7 @@ def image_rows(path: Path, rows: Sequence[ImageRow], *, columns: Sequence[str] =
     """
     tiles = [as_pixels(row.images, row.label or "images") for row in rows]
     size = _Tile(tiles[0].shape[1], tiles[0].shape[2])
-    left = _MARGIN_PX + max(_text_px(row.label) for row in rows)
+    left = _MARGIN_PX + max(_label_px(row.label) for row in rows)
     top = _MARGIN_PX + (_LINE_PX if columns else 0)
     width = left + max(len(images) for images in tiles) * size.column_px + _MARGIN_PX
     canvas = _Canvas(width, top + len(rows) * size.row_px + _MARGIN_PX, note)
@@ -119,11 +120,11 @@ class _Canvas:
 
     def __init__(self, width: int, height: int, note: str) -> None:
         width = max(width, _MIN_WIDTH_PX)
-        lines = textwrap.wrap(note, int((width - 2 * _MARGIN_PX) / _NOTE_CHARACTER_PX))
+        lines = _wrap(note, width - 2 * _MARGIN_PX)
         self.pixels = np.full((height + len(lines) * _LINE_PX, width, 3), 255, dtype=np.uint8)
         self.texts: list[tuple[float, float, str, int, str]] = []
         for number, line in enumerate(lines):
-            self.write(_MARGIN_PX, height + (number + 0.2) * _LINE_PX, line, ha="left", fontsize=8)
+            self.write(_MARGIN_PX, height + (number + 0.2) * _LINE_PX, line, ha="left", fontsize=_NOTE_POINTS)
 
     def tiles(self, images: NDArray[np.uint8], left: int, top: int, size: _Tile, *, columns: int) -> None:
         for number, image in enumerate(images):
@@ -132,7 +133,7 @@ class _Canvas:
             enlarged = image.repeat(size.factor, axis=0).repeat(size.factor, axis=1)
             self.pixels[y : y + enlarged.shape[0], x : x + enlarged.shape[1]] = enlarged
 
-    def write(self, x_px: float, y_px: float, text: str, *, ha: str, fontsize: int = 9) -> None:
+    def write(self, x_px: float, y_px: float, text: str, *, ha: str, fontsize: int = _LABEL_POINTS) -> None:
         self.texts.append((x_px, y_px, text, fontsize, ha))
 
     def save(self, path: Path) -> Path:
@@ -142,8 +143,24 @@ class _Canvas:
         return save(figure, path)
 
 
-def _text_px(text: str) -> int:
-    return round(len(text) * _CHARACTER_PX) + 10 if text else 0
+def _label_px(text: str) -> int:
+    """Return the width that a label takes with the gap after it."""
+    return round(_text_px(text, _LABEL_POINTS)) + 12 if text else 0
+
+
+def _text_px(text: str, points: int) -> float:
+    return float(TextPath((0, 0), text, size=points).get_extents().width) * _HINTING * DPI / 72
+
+
+def _wrap(note: str, width_px: float) -> list[str]:
+    """Return the note in lines that are no wider than that."""
+    lines: list[str] = []
+    for word in note.split():
+        if lines and _text_px(f"{lines[-1]} {word}", _NOTE_POINTS) <= width_px:
+            lines[-1] += f" {word}"
+        else:
+            lines.append(word)
+    return lines
 
 
 Colour = str | tuple[float, float, float, float]
@@ -286,8 +303,8 @@ def bar_chart(path: Path, names: Sequence[str], panels: Sequence[Bars], *, note:
 
 def _write_note(figure: Figure, note: str) -> None:
     width_px = figure.get_figwidth() * DPI
-    wrapped = "\n".join(textwrap.wrap(note, int((width_px - 2 * _MARGIN_PX) / _NOTE_CHARACTER_PX)))
-    figure.supxlabel(wrapped, x=_MARGIN_PX / width_px, ha="left", fontsize=8, color=TEXT_COLOUR)
+    wrapped = "\n".join(_wrap(note, width_px - 2 * _MARGIN_PX))
+    figure.supxlabel(wrapped, x=_MARGIN_PX / width_px, ha="left", fontsize=_NOTE_POINTS, color=TEXT_COLOUR)
 
 
 def _ordered_colours(count: int) -> list[tuple[float, float, float, float]]:

@@ -150,8 +150,7 @@ def measure_one_hot(lab: Lab) -> Findings:
             Picture(file="02-unseen.png", caption="What codes that belong to no image decode to."),
         ),
         remarks=(
-            "A place in a list has no neighbours: a code between two images gives a blend of them at best, and nothing "
-            "says what an unused place should show.",
+            "A place in a list has no neighbours: nothing says what lies between two places, or in an unused one.",
         ),
     )
 

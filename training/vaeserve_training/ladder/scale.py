@@ -6,6 +6,8 @@ bring a scale of their own.
 
 from __future__ import annotations
 
+import math
+
 from vaeserve_training.config import ModelConfig, Section, TrainConfig, preset
 from vaeserve_training.data import ImageData
 
@@ -73,7 +75,7 @@ QUICK = Scale(
     snapshots=(0, 10, 30, 100, 300, 1000),
     betas=(0.1, 0.3, 1.0, 2.0, 4.0, 8.0),
     deconvolution=ModelConfig(latent_size=16, channels=(16, 32), hidden=(256,)),
-    constant_steps=600,
+    constant_steps=2000,
     one_hot_images=(1, 4, 16, 64),
     one_hot_steps=2500,
     vector_sizes=(1, 2, 4, 8, 16),
@@ -84,14 +86,16 @@ QUICK = Scale(
     neg_elbo_bound_nats=120.0,
 )
 
+_PRESET = preset("mnist")
+
 FULL = QUICK.model_copy(
     update={
         "name": "full",
         "seeds": (0, 1, 2),
-        "base": preset("mnist"),
+        "base": _PRESET,
         "train_images": 60_000,
         "growing_images": (1_000, 5_000, 60_000),
-        "steps": 5_159,  # 11 epochs of 60 000 images, as the preset has it
+        "steps": _PRESET.optimiser.epochs * math.ceil(60_000 / _PRESET.optimiser.batch_size),
         "snapshots": (0, 10, 30, 100, 300, 1000, 3000),
         "vector_steps": 3_000,
         "samples": 10_000,

@@ -26,6 +26,7 @@ def sizes(spec: Spec, seeds: Sequence[int], *extra: str, images: str = "") -> st
     hidden = "-".join(str(width) for width in reversed(model.hidden))
     network = f"{hidden} hidden units" + (f", then deconvolutions {channels}" if channels else ", fully connected")
     how_many = images or f"{number(spec.images)} training image{'s' * (spec.images > 1)}"
-    length = f"{number(total_steps(spec))} steps of {min(optimiser.batch_size, spec.images)}"
+    at_most = "at most " if spec.worst_mse is not None else ""
+    length = f"{at_most}{number(total_steps(spec))} steps of {min(optimiser.batch_size, spec.images)}"
     seeds_in_words = f"seed{'s' * (len(seeds) > 1)} {listed(seeds)}"
     return "; ".join([how_many, network, length, seeds_in_words, *extra])
