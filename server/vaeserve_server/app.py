@@ -7,6 +7,7 @@ import logging
 import signal
 import sys
 from collections.abc import Callable, Coroutine
+from functools import partial
 from typing import Any, Protocol
 
 from vaeserve_server import logs, repository
@@ -46,12 +47,14 @@ NewTransport = Callable[[Calls, Health, int], Transport]
 class Server:
     """One server in the running event loop. `port` is the one listened on, once started."""
 
-    def __init__(self, settings: Settings, new_transport: NewTransport = GrpcTransport) -> None:
+    def __init__(self, settings: Settings, new_transport: NewTransport | None = None) -> None:
         self.settings = settings
         self.port = 0
         self._service = VaeService()
         self._health = Health([SERVICE_NAME])
         self._calls = Calls(self._service)
+        if new_transport is None:
+            new_transport = partial(GrpcTransport, share_port=settings.workers > 1)
         self._transport = new_transport(self._calls, self._health, settings.max_message_bytes)
         self._pool: RunPool | None = None
         self.repository: Repository | None = None
@@ -60,9 +63,14 @@ class Server:
     async def start(self) -> None:
         """Listen, load and warm the models, then let health say SERVING. StartError if one of it cannot be done."""
         # The port first: that it is taken is known at once, and who calls early hears that the server is loading.
-        self.port = await self._transport.start(self.settings.host, self.settings.port)
+        # One of several workers listens last: while others can answer nobody need hear that.
+        listens_last = self.settings.workers > 1
+        if not listens_last:
+            await self._listen()
         try:
             await self._load()
+            if listens_last:
+                await self._listen()
         except BaseException:
             self.hurry()
             await self.stop()
@@ -94,6 +102,9 @@ class Server:
         models = ", ".join(engine.label for engine in engines)
         return f"serving {models} on {address(self.settings.host, self.port)} ({provider})"
 
+    async def _listen(self) -> None:
+        self.port = await self._transport.start(self.settings.host, self.settings.port)
+
     async def _unless_hurried(self, waiting: Coroutine[Any, Any, None], limit_s: float | None) -> None:
         tasks = {asyncio.create_task(waiting), asyncio.create_task(self._hurry.wait())}
         await asyncio.wait(tasks, timeout=limit_s, return_when=asyncio.FIRST_COMPLETED)
@@ -109,7 +120,7 @@ class Server:
             cuda_graphs=settings.cuda_graphs,
         )
         runtime = await asyncio.to_thread(Runtime, settings.device, cuda)
-        threads = settings.threads or (1 if runtime.provider == CUDA else available_cores())
+        threads = settings.threads or (settings.workers if runtime.provider == CUDA else available_cores())
         limits = Limits(
             max_rows_per_call=settings.max_rows_per_call,
             max_message_bytes=settings.max_message_bytes,
@@ -117,7 +128,7 @@ class Server:
             max_queue_rows=settings.max_queue_rows,
             batch_wait_s=settings.batch_wait_us * 1e-6,
         )
-        self._pool = RunPool(threads)
+        self._pool = RunPool(max(1, threads // settings.workers))
         self.repository = await asyncio.to_thread(
             repository.load, settings.models, settings.versions, runtime, self._pool, limits
         )
@@ -132,6 +143,10 @@ def run(settings: Settings) -> int:
             from vaeserve_server import envoy  # noqa: PLC0415 - needs an extra
 
             envoy.execute(settings)
+        if settings.workers > 1:
+            from vaeserve_server import supervisor  # noqa: PLC0415 - it is built on this module
+
+            return supervisor.run(settings)
         asyncio.run(_serve(settings))
     except StartError as error:
         _log.error("cannot start: %s", error)
@@ -140,7 +155,7 @@ def run(settings: Settings) -> int:
 
 
 async def _serve(settings: Settings) -> None:
-    await serve(Server(settings), _watch_signals)
+    await serve(Server(settings), watch_signals)
 
 
 async def serve(server: Server, watch_signals: Callable[[Callable[[], None]], None]) -> None:
@@ -163,6 +178,7 @@ async def serve(server: Server, watch_signals: Callable[[Callable[[], None]], No
     _log.info("stopped")
 
 
-def _watch_signals(on_signal: Callable[[], None]) -> None:
+def watch_signals(on_signal: Callable[[], None]) -> None:
+    """Have `on_signal` called on the running event loop at each SIGTERM and SIGINT."""
     for signal_number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(signal_number, on_signal)

@@ -44,7 +44,10 @@ class Settings(BaseSettings):
     device: Device = "auto"
     """Where graphs run. cuda refuses to start without a working GPU; auto may fall back to the CPU, and says so."""
     threads: CountOrAuto = 0
-    """Runs of graphs at once. 0 is the cores that this process may use on a CPU, 1 on a GPU."""
+    """Runs of graphs at once, shared out among workers. 0 is the cores that may be used on a CPU, 1 each on a GPU."""
+    workers: Count = 1
+    """Server processes on the one port. More pay on a CPU where small calls are the load; clients then need several
+    connections."""
     tf32: CliImplicitFlag[bool] = False
     """On a GPU: multiply with 10 bits of mantissa. Faster, and less exact than the model's card says."""
     nhwc: CliImplicitFlag[bool] = False
@@ -83,6 +86,12 @@ class Settings(BaseSettings):
     """debug logs one line per call."""
     log_format: LogFormat = "text"
     """text is for people, json is one object a line."""
+
+    @model_validator(mode="after")
+    def _refuse_workers_of_envoy(self) -> Settings:
+        if self.workers > 1 and self.transport == "envoy":
+            raise ValueError("--workers goes with --transport grpc; Envoy is one process")
+        return self
 
     @model_validator(mode="after")
     def _refuse_threads_of_cuda_graphs(self) -> Settings:

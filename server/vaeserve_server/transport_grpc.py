@@ -25,10 +25,14 @@ _FOREVER_S = 1e6
 class GrpcTransport:
     """One listening port: `start`, `refuse`, `close`, once each."""
 
-    def __init__(self, calls: Calls, health_service: health.Health, max_message_bytes: int) -> None:
+    def __init__(
+        self, calls: Calls, health_service: health.Health, max_message_bytes: int, *, share_port: bool = False
+    ) -> None:
+        """Serve `calls`. `share_port` lets other processes listen on the same port, each with its share of clients."""
         self._server = grpc.aio.server(
             options=[
-                ("grpc.so_reuseport", 0),  # or a second server starts on the same port and takes half of the calls
+                # Unless it is wanted: or a second server starts on the same port and takes half of the calls.
+                ("grpc.so_reuseport", int(share_port)),
                 ("grpc.max_receive_message_length", max_message_bytes),
                 ("grpc.max_send_message_length", -1),  # the row limit bounds answers
             ]

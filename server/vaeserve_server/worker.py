@@ -1,0 +1,57 @@
+"""One of several server processes on one port, as `supervisor` starts it.
+
+Settings come as one line of JSON on standard input. The first line on standard output is the ready line, or starts with
+FAILED and says why there is none. When standard input ends the supervisor is gone, and the worker drains and ends too.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+from collections.abc import Callable
+
+from vaeserve_server import app, logs
+from vaeserve_server.errors import StartError
+from vaeserve_server.settings import Settings
+
+FAILED = "cannot start: "
+
+
+def main() -> int:
+    """Serve until a signal or the supervisor's end; return 0 after a drain, 1 if the worker cannot start."""
+    settings = Settings.model_validate_json(_first_line(sys.stdin.fileno()))
+    logs.configure(settings.log_format, settings.log_level)
+    try:
+        asyncio.run(_serve(settings))
+    except StartError as error:
+        sys.stdout.write(f"{FAILED}{error}\n")
+        return 1
+    return 0
+
+
+async def _serve(settings: Settings) -> None:
+    await app.serve(app.Server(settings), _watch)
+
+
+def _watch(on_signal: Callable[[], None]) -> None:
+    app.watch_signals(on_signal)
+    loop = asyncio.get_running_loop()
+
+    def end() -> None:
+        loop.remove_reader(sys.stdin.fileno())
+        on_signal()
+
+    loop.add_reader(sys.stdin.fileno(), end)  # nothing more is ever said there, so this is its end
+
+
+def _first_line(descriptor: int) -> bytes:
+    """Read no further than the line, so that the end of the stream is still to be seen."""
+    line = b""
+    while not line.endswith(b"\n") and (more := os.read(descriptor, 1)):
+        line += more
+    return line
+
+
+if __name__ == "__main__":
+    sys.exit(main())
