@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
 from runs import tiny_config
 from vaeserve_training import checkpoint, metrics
 from vaeserve_training.__main__ import COMMANDS, main
@@ -111,7 +112,7 @@ def test_resuming_a_finished_run_says_the_same_and_trains_nothing(
 
 
 USER_ERRORS = {
-    "no run folder": (["fit"], "run_dir: Field required"),
+    "no run folder": (["fit"], "--run-dir is needed"),
     "unknown flag": ([*FIT, "--optimiser.epoch", "3"], "--optimiser.epoch"),
     "flag without a value": (["fit", "--run-dir"], "--run-dir: expected one argument"),
     "value of another type": ([*FIT, "--optimiser.epochs", "few"], "optimiser.epochs: Input should be a valid integer"),

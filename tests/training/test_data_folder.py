@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 from PIL import Image
+
 from vaeserve_training import image_folder
 from vaeserve_training.config import DataConfig
 from vaeserve_training.data import ImageData, load
@@ -190,7 +191,7 @@ def test_a_bad_image_is_named_and_refused_or_left_out(
     with pytest.raises(DataError, match=name) as caught:
         load_folder(tmp_path)
     assert reason in str(caught.value)
-    assert "on_bad_image=skip" in str(caught.value)
+    assert "--data.on-bad-image skip" in str(caught.value)
     data = load_folder(tmp_path, on_bad_image="skip")
     assert as_rows(data.train) | as_rows(data.test) == as_rows(pixels.transpose(0, 3, 1, 2))
     assert len(data.skipped) == 1

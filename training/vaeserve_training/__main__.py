@@ -31,7 +31,7 @@ _OWN_PACKAGES = frozenset({"vaeserve", "vaeserve_training"})
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one subcommand; return 0 for success, 1 for a failure, 2 for wrong usage, 130 after Ctrl-C."""
+    """Run one subcommand; return 0 for success, 1 for a failure, 2 for no such command or extra, 130 after Ctrl-C."""
     name, *rest = [*(sys.argv[1:] if arguments is None else arguments), ""]
     if name in {"-h", "--help"}:
         sys.stdout.write(_usage())

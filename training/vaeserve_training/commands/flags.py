@@ -57,6 +57,10 @@ def parse(flags: type[FlagsType], command: str, arguments: Sequence[str], **defa
     except SettingsError as error:
         raise ConfigError(str(error).removeprefix("error parsing CLI: ")) from None
     except ValidationError as error:
+        missing = [str(detail["loc"][-1]) for detail in error.errors() if detail["type"] == "missing"]
+        if missing:
+            wanted = ", ".join("--" + name.replace("_", "-") for name in missing)
+            raise ConfigError(f"{wanted} is needed; vaeserve-train {command} --help says what it is") from None
         raise ConfigError(describe(error)) from None
 
 

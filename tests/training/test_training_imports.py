@@ -1,0 +1,50 @@
+"""Training meets serving only at the bundle: it imports no server, no client but the contract, and no grpc."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import vaeserve
+import vaeserve_server
+import vaeserve_training
+
+PACKAGES = {module.__name__: Path(str(module.__file__)).parent for module in (vaeserve, vaeserve_server)}
+FILES = sorted(Path(str(vaeserve_training.__file__)).parent.rglob("*.py"))
+
+
+def imports(file: Path) -> set[str]:
+    """Return every module that a file imports, anywhere in it; `from a import b` as a.b."""
+    names = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def test_a_training_file_imports_of_the_sdk_only_the_contract(file: Path) -> None:
+    roots = {"grpc", "grpc_health", "vaeserve_server"}
+    assert [name for name in imports(file) if name.partition(".")[0] in roots] == []
+    assert [name for name in imports(file) if name.startswith("vaeserve.") and not name.startswith("vaeserve.v1")] == []
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_neither_server_nor_sdk_imports_training(package: str) -> None:
+    files = sorted(PACKAGES[package].rglob("*.py"))
+    assert files
+    found = {name for file in files for name in imports(file)}
+    assert [name for name in found if name.partition(".")[0] in {"vaeserve_training", "torch", "onnx"}] == []
+
+
+def test_exporting_loads_no_grpc() -> None:
+    program = "import sys, vaeserve_training.export\nprint(*sys.modules)"
+    loaded = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=120)
+    assert "vaeserve.v1.vae_pb2" in loaded.stdout.split()
+    assert not {"grpc", "vaeserve_server"} & set(loaded.stdout.split())
