@@ -64,6 +64,21 @@ def models_dir(checkpoint_dir: Path, tmp_path_factory: pytest.TempPathFactory) -
 
 
 @pytest.fixture(scope="session")
+def evaluated_models_dir(checkpoint_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with its figures on the test images in the card, the latents' statistics among them."""
+    from vaeserve_training import checkpoint, data
+    from vaeserve_training.evaluate import evaluate
+    from vaeserve_training.export import export
+
+    model = checkpoint.load(checkpoint_dir)
+    images = data.load(model.config.data)
+    folder = tmp_path_factory.mktemp("evaluated")
+    report = evaluate(model.vae, images, model.config.objective.likelihood)
+    export(checkpoint_dir, folder, name="mnist", version=1, evaluation=report, data=images)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def bundle_dir(models_dir: Path) -> Path:
     """That bundle's folder."""
     return models_dir / "mnist" / "1"

@@ -15,6 +15,7 @@ from types import SimpleNamespace
 from typing import IO, Any
 
 import grpc
+
 from vaeserve_server.errors import StartError
 from vaeserve_server.settings import Settings
 

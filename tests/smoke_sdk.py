@@ -8,6 +8,7 @@ import concurrent.futures
 import google.protobuf
 import grpc
 import numpy as np
+
 import vaeserve
 from vaeserve import tensors
 from vaeserve.v1 import vae_pb2, vae_pb2_grpc

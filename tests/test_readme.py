@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 from PIL import Image
+
 from serving import running_server
 from vaeserve_server.settings import Settings, from_command_line
 

@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from google.protobuf import json_format
-from vaeserve.v1 import vae_pb2
 
+from vaeserve.v1 import vae_pb2
 from vaeserve_server.errors import BundleError, shown
 from vaeserve_server.external_data import external_tensor
 

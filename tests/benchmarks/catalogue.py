@@ -8,6 +8,7 @@ from functools import partial
 from typing import NamedTuple
 
 import numpy as np
+
 from bed import ECHO, GRPC, Bed, port_of
 from table import Bound, Measured
 from traffic import VERBS, Verb

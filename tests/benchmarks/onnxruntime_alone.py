@@ -18,8 +18,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
-import children
 import onnxruntime
+
+import children
 
 CUDA = "CUDAExecutionProvider"
 CPU = "CPUExecutionProvider"

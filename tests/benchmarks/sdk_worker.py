@@ -10,9 +10,10 @@ from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import children
 import grpc
 from numpy.typing import NDArray
+
+import children
 from traffic import SEED, Model
 from vaeserve import AsyncClient, Client
 

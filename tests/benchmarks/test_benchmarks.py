@@ -8,13 +8,14 @@ import sys
 from pathlib import Path
 
 import grpc
-import h2load
-import http2_load
 import numpy as np
 import pytest
+from numpy.typing import NDArray
+
+import h2load
+import http2_load
 from bundles import write_bundle
 from children import BenchError
-from numpy.typing import NDArray
 from serving import running_server
 from table import Bound, Measured, Table, text
 from traffic import VERBS, check, find_model, framed

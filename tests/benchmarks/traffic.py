@@ -10,9 +10,10 @@ from typing import Any
 
 import numpy as np
 import onnxruntime
-from children import BenchError
 from google.protobuf import json_format
 from numpy.typing import NDArray
+
+from children import BenchError
 from vaeserve import tensors
 from vaeserve.v1 import vae_pb2
 from vaeserve_server.noise import standard_normal

@@ -16,6 +16,7 @@ from typing import Any
 import grpc
 import numpy as np
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+
 from vaeserve import tensors
 from vaeserve.v1 import vae_pb2, vae_pb2_grpc
 

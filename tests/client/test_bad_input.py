@@ -3,6 +3,7 @@
 import grpc
 import numpy as np
 import pytest
+
 from both_clients import AwaitedClient
 from serving import running_server
 from vaeserve import (

@@ -4,9 +4,10 @@ import threading
 
 import numpy as np
 import pytest
+from grpc import StatusCode
+
 from both_clients import AwaitedClient, both_clients
 from faulty_server import DIGESTS, IMAGE_SHAPE, LATENT, FaultyService, faulty_server, refuse
-from grpc import StatusCode
 from vaeserve import Client, Encoding, FailedPrecondition, InvalidArgument, ModelRef, NotFound
 
 

@@ -10,8 +10,9 @@ import threading
 
 import numpy as np
 import pytest
-from faulty_server import faulty_server
 from PIL import Image
+
+from faulty_server import faulty_server
 from serving import running_server
 from vaeserve import Client, cli
 

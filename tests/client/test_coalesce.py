@@ -10,10 +10,11 @@ from pathlib import Path
 import grpc
 import numpy as np
 import pytest
-from bundles import DECODER, ENCODER, brittle_encoder, run_directly, write_bundle
-from faulty_server import IMAGE_SHAPE, LATENT, Asked, FaultyServer, faulty_server, refuse
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+
+from bundles import DECODER, ENCODER, brittle_encoder, run_directly, write_bundle
+from faulty_server import IMAGE_SHAPE, LATENT, Asked, FaultyServer, faulty_server, refuse
 from serving import RunningServer, running_server
 from vaeserve import (
     AsyncClient,

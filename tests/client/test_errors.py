@@ -5,11 +5,12 @@ import pickle
 import grpc
 import numpy as np
 import pytest
+from google.protobuf.duration_pb2 import Duration
+from google.rpc import error_details_pb2, status_pb2
+
 import vaeserve
 from both_clients import both_clients
 from faulty_server import IMAGE_SHAPE, faulty_server
-from google.protobuf.duration_pb2 import Duration
-from google.rpc import error_details_pb2, status_pb2
 from vaeserve import errors
 
 IMAGES = np.zeros((1, *IMAGE_SHAPE), np.uint8)

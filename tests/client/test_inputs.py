@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from PIL import Image
+
 from vaeserve import Encoding, InvalidArgument, ModelInfo, ModelRef
 from vaeserve._inputs import as_images, as_latents, is_stream
 from vaeserve.v1 import vae_pb2

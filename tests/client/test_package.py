@@ -4,6 +4,7 @@ import subprocess
 import sys
 
 import pytest
+
 import vaeserve
 
 HEAVY = ("grpc", "numpy", "onnxruntime", "torch", "PIL", "rich", "pydantic", "vaeserve_server", "vaeserve_training")

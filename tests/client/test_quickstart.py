@@ -9,8 +9,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import MNIST_SUBSET
 from PIL import Image
+
+from conftest import MNIST_SUBSET
 
 SCRIPT = Path(__file__).parents[2] / "client" / "examples" / "quickstart.py"
 KEYS = {

@@ -9,10 +9,11 @@ import time
 
 import numpy as np
 import pytest
-from both_clients import both_clients
-from faulty_server import IMAGE_SHAPE, FaultyService, faulty_server, refuse
 from grpc import StatusCode
 from grpc_health.v1 import health_pb2
+
+from both_clients import both_clients
+from faulty_server import IMAGE_SHAPE, FaultyService, faulty_server, refuse
 from vaeserve import (
     AsyncClient,
     Cancelled,

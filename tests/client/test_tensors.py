@@ -5,6 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+
 from vaeserve import tensors
 from vaeserve.v1 import vae_pb2
 

@@ -5,6 +5,7 @@ from pathlib import Path
 import grpc
 import numpy as np
 import pytest
+
 from both_clients import both_clients
 from faulty_server import IMAGE_SHAPE, faulty_server
 from vaeserve import TLS, InvalidArgument, Unavailable

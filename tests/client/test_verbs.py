@@ -3,6 +3,7 @@
 import numpy as np
 import onnxruntime
 import pytest
+
 from both_clients import AwaitedClient, both_clients
 from serving import running_server
 from vaeserve import Client, InvalidArgument, ModelRef

@@ -24,6 +24,7 @@ import grpc
 import numpy as np
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+
 from vaeserve import Client
 
 REPOSITORY = Path(__file__).parents[2]

@@ -15,6 +15,7 @@ import onnx
 import onnxruntime
 from google.protobuf import json_format
 from onnx import TensorProto, helper, numpy_helper
+
 from vaeserve.v1 import vae_pb2
 
 ENCODER, DECODER, PRIOR = vae_pb2.GRAPH_ROLE_ENCODER, vae_pb2.GRAPH_ROLE_DECODER, vae_pb2.GRAPH_ROLE_PRIOR

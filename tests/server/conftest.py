@@ -7,6 +7,7 @@ from pathlib import Path
 
 import grpc
 import pytest
+
 from bundles import FACES_IMAGE, FACES_LATENT, write_bundle
 from serving import RunningServer, running_server
 from vaeserve.v1 import vae_pb2_grpc

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from google.protobuf.message import Message
 from google.rpc import error_details_pb2, status_pb2
+
 from vaeserve import tensors
 from vaeserve.v1 import vae_pb2 as pb
 from vaeserve.v1 import vae_pb2_grpc
@@ -418,7 +419,7 @@ def test_bytes_that_are_no_message_are_refused(method: str, channel: grpc.Channe
     call = channel.unary_unary(f"/vaeserve.v1.VaeService/{method}")
     error = failure(lambda: call(b"\xff\xff\xff"))
     assert error.code() == INVALID
-    assert error.details() == f"the request's 3 bytes are not a {method}Request message"
+    assert error.details() == f"the request's 3 bytes are no {method}Request message"
 
 
 def test_an_unknown_method_is_unimplemented(channel: grpc.Channel) -> None:

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+
 from vaeserve_server.batcher import Batcher, Outputs
 from vaeserve_server.checks import Floats
 from vaeserve_server.errors import CallError, DeadlineError, GraphRunError, InvalidInputError, QueueFullError

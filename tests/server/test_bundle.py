@@ -11,8 +11,9 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-from bundles import DECODER, ENCODER, decoder, encoder, model, read_card, write_bundle, write_card
 from onnx import helper
+
+from bundles import DECODER, ENCODER, decoder, encoder, model, read_card, write_bundle, write_card
 from serving import running_server
 from vaeserve_server.bundle import read_bundle
 from vaeserve_server.errors import BundleError, StartError

@@ -8,10 +8,11 @@ from collections.abc import Callable
 import numpy as np
 import onnx
 import pytest
-from bundles import encoder
 from hypothesis import given
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
+
+from bundles import encoder
 from vaeserve_server.external_data import external_tensor
 
 SOUND = encoder((1, 4, 4), (3,))

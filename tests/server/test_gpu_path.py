@@ -13,10 +13,11 @@ import grpc
 import numpy as np
 import onnxruntime
 import pytest
-from bundles import ENCODER, brittle_encoder, encoder, run_directly, write_bundle
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+
+from bundles import ENCODER, brittle_encoder, encoder, run_directly, write_bundle
 from serving import running_server
 from vaeserve import tensors
 from vaeserve.v1 import vae_pb2 as pb

@@ -6,6 +6,7 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
+
 from bundles import brittle_encoder, encoder
 from vaeserve_server import graphs
 from vaeserve_server.errors import DeviceError, GraphLoadError, GraphRunError, NotServingError

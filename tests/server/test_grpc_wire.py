@@ -12,6 +12,7 @@ import pytest
 from google.rpc import code_pb2
 from hypothesis import given
 from hypothesis import strategies as st
+
 from vaeserve_server import grpc_wire
 
 LIMIT = 1000

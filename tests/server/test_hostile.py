@@ -14,6 +14,7 @@ import grpc
 import h2.exceptions
 import numpy as np
 import pytest
+
 from http2 import CLOSED, RESET, Connection, frame
 from serving import running_server
 from vaeserve import tensors

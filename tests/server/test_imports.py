@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 import vaeserve_server
 
 PACKAGE = Path(vaeserve_server.__file__).parent

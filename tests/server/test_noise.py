@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from vaeserve_server import noise
 
 PROTO = Path(__file__).parents[2] / "protos/vaeserve/v1/vae.proto"

@@ -10,8 +10,9 @@ from pathlib import Path
 import grpc
 import numpy as np
 import pytest
-from bundles import ENCODER, brittle_encoder, slow_encoder, write_bundle
 from google.rpc import error_details_pb2, status_pb2
+
+from bundles import ENCODER, brittle_encoder, slow_encoder, write_bundle
 from serving import RunningServer, queued_rows, running_server
 from vaeserve import tensors
 from vaeserve.v1 import vae_pb2 as pb

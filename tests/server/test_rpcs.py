@@ -7,8 +7,9 @@ from pathlib import Path
 import grpc
 import numpy as np
 import pytest
-from bundles import DECODER, ENCODER, FACES_IMAGE, FACES_LATENT, PRIOR, read_card, run_directly
 from numpy.typing import NDArray
+
+from bundles import DECODER, ENCODER, FACES_IMAGE, FACES_LATENT, PRIOR, read_card, run_directly
 from serving import RunningServer, running_server
 from vaeserve import tensors
 from vaeserve.v1 import vae_pb2 as pb

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from pydantic import ValidationError
+
 from vaeserve_server import logs
 from vaeserve_server.cores import available_cores, cgroup_quota
 from vaeserve_server.errors import StartError

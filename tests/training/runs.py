@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
 from vaeserve_training.config import TrainConfig
 from vaeserve_training.data import ImageData
 from vaeserve_training.fit import fit

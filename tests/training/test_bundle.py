@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+
 from vaeserve.v1 import vae_pb2
 from vaeserve_training import atomic, bundle
 from vaeserve_training.bundle import BundleError

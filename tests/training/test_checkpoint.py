@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from runs import tiny_config, tiny_data
 from vaeserve_training import checkpoint
 from vaeserve_training.checkpoint import CheckpointError

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+
 from vaeserve_training import mnist
 from vaeserve_training.arrays import as_images
 from vaeserve_training.config import DataConfig

@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 import torch
 from google.protobuf import json_format
-from linear_gaussian import LinearDecoder, normal
-from runs import tiny_config, tiny_data
 from torch import Tensor, nn
 from torch.distributions import MultivariateNormal
+
+from linear_gaussian import LinearDecoder, normal
+from runs import tiny_config, tiny_data
 from vaeserve.v1 import vae_pb2
 from vaeserve_training import checkpoint, objectives, report
 from vaeserve_training.data import load

@@ -20,6 +20,7 @@ import torch
 from google.protobuf.message import Message
 from numpy.typing import NDArray
 from torch import nn
+
 from vaeserve.v1 import vae_pb2
 from vaeserve_training import bundle, checkpoint, onnx_graphs, parity
 from vaeserve_training.__main__ import main

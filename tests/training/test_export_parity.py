@@ -9,6 +9,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from torch import nn
+
 from vaeserve_training import bundle, checkpoint, parity
 from vaeserve_training.checkpoint import Checkpoint
 from vaeserve_training.onnx_graphs import ExportError

@@ -10,6 +10,7 @@ import pytest
 from matplotlib.colors import to_rgb
 from numpy.typing import NDArray
 from PIL import Image
+
 from vaeserve_training import figures
 
 RNG = np.random.default_rng(0)

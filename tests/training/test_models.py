@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
+
 from vaeserve_training.config import PRESETS, ConfigError, ModelConfig, TrainConfig, preset
 from vaeserve_training.models import LOG_VARIANCE_RANGE, Decoder, Encoder, build
 

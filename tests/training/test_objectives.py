@@ -5,9 +5,10 @@ import math
 
 import pytest
 import torch
-from linear_gaussian import LinearDecoder, normal
 from torch import Tensor, nn
 from torch.distributions import MultivariateNormal, Normal, kl_divergence
+
+from linear_gaussian import LinearDecoder, normal
 from vaeserve_training import objectives
 from vaeserve_training.config import preset
 from vaeserve_training.models import Vae, build

@@ -5,6 +5,7 @@ from itertools import pairwise
 import pytest
 import torch
 from torch import nn
+
 from vaeserve_training.config import ObjectiveConfig, OptimiserConfig, preset
 from vaeserve_training.optimiser import iwae_stage, learning_rate, rate_weight, update_average
 

@@ -13,9 +13,10 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from torch import Tensor
+
 from runs import tiny_config, tiny_data
 from serving import running_server
-from torch import Tensor
 from vaeserve import Client
 from vaeserve.v1 import vae_pb2
 from vaeserve_server.noise import standard_normal

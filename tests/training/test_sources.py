@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+
 from vaeserve_training import mnist, sources
 from vaeserve_training.sources import CanonicalFile, DataError, FileSet, Wheel, fetch
 

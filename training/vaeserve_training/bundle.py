@@ -15,8 +15,8 @@ from pathlib import Path
 import numpy as np
 from google.protobuf import json_format
 from numpy.typing import NDArray
-from vaeserve.v1 import vae_pb2
 
+from vaeserve.v1 import vae_pb2
 from vaeserve_training import atomic
 
 ENCODER_FILE = "encoder.onnx"

@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from vaeserve.v1 import vae_pb2
 
+from vaeserve.v1 import vae_pb2
 from vaeserve_training import objectives
 from vaeserve_training.compute import as_tensor
 from vaeserve_training.config import LikelihoodName

@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import nn
-from vaeserve.v1 import vae_pb2
 
+from vaeserve.v1 import vae_pb2
 from vaeserve_training import bundle, checkpoint, onnx_graphs, parity
 from vaeserve_training.checkpoint import Checkpoint
 from vaeserve_training.data import ImageData, load

@@ -10,8 +10,8 @@ from google.protobuf import json_format
 from rich.console import Group
 from rich.table import Table
 from rich.text import Text
-from vaeserve.v1 import vae_pb2
 
+from vaeserve.v1 import vae_pb2
 from vaeserve_training import checkpoint
 
 FILE = "evaluation.json"

@@ -107,6 +107,8 @@ def _claims(quality: dict[Way, list[Quality]]) -> tuple[Claim, ...]:
             "precision of the VAE's images less the autoencoder's",
             differences(figures_of(VAE, "precision"), figures_of(AUTOENCODER, "precision")),
             0.0,
+            otherwise="The autoencoder's images are too much alike for that: precision is had by a few images that lie "
+            "among real ones, or within the wide reach of an outlier; its recall tells how little they cover.",
         ),
         Claim.at_least(
             "The VAE's images cover more of the real ones.",
