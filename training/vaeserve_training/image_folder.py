@@ -60,7 +60,7 @@ def read_folder(root: Path, image_shape: tuple[int, int, int], on_bad_image: Lit
             if isinstance(result, str):
                 problem = f"{path}: {result}"
                 if on_bad_image == "fail":
-                    raise DataError(f"{problem}. Remove the file, or leave such files out with --data.on-bad-image skip")
+                    raise DataError(f"{problem}. Remove the file, or leave such files out: --data.on-bad-image skip")
                 _log.warning("left out: %s", problem)
                 skipped.append(problem)
             else:
