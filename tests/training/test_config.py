@@ -3,6 +3,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+
 from vaeserve_training.config import PRESETS, ConfigError, TrainConfig, differences, preset
 
 
@@ -29,6 +30,7 @@ def test_a_part_of_a_configuration_keeps_the_other_defaults() -> None:
             '{"objective": {"bound": "iwae", "beta": 2}}',
             "given are likelihood bernoulli, beta 2 and rate_warmup_steps 0",
         ),
+        ('{"model": {"channels": [], "blocks": 2}}', "blocks is 2, but there are no channels"),
         ('{"objective": {"likelihood": "cross-entropy"}}', "'bernoulli', 'gaussian' or 'mse'"),
         ("{", "JSON"),
     ],

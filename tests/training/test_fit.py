@@ -16,14 +16,18 @@ from typing import Any
 
 import numpy as np
 import pytest
-import runs
 import torch
+
+import runs
 from runs import Killer, tiny_config, tiny_data, warm_up
 from vaeserve_training import checkpoint, metrics, objectives
-from vaeserve_training.config import TrainConfig
+from vaeserve_training.bundle import read_card
+from vaeserve_training.config import TrainConfig, preset
+from vaeserve_training.data import ImageData
 from vaeserve_training.evaluate import optimal_sigma
+from vaeserve_training.export import export
 from vaeserve_training.fit import InterruptedTrainingError, fit
-from vaeserve_training.models import INITIAL_SIGMA, Vae
+from vaeserve_training.models import INITIAL_SIGMA, GatedBlock, Vae
 from vaeserve_training.trainer import DivergedError, FitError, Trainer
 
 
@@ -204,13 +208,18 @@ def test_a_run_whose_schedule_does_not_look_ahead_may_be_made_longer(tmp_path: P
         fit(short, tmp_path / "grown", resume=True, data=tiny_data())
 
 
+def half_white(shape: tuple[int, int, int]) -> ImageData:
+    """Black and white images, one for one: a bit each, 0.69 nats, is all there is to know."""
+    images = np.zeros((100, *shape), dtype=np.uint8)
+    images[::2] = 255
+    return replace(tiny_data(shape), train=images, test=images[:30])
+
+
 def test_training_by_the_iwae_bound_lowers_it(tmp_path: Path) -> None:
-    images = np.zeros((100, 1, 4, 4), dtype=np.uint8)
-    images[::2] = 255  # half of them white: one bit, 0.69 nats, is all there is to know
     config = tiny_config(
         objective={"bound": "iwae", "samples": 5}, optimiser={"epochs": 20, "warmup_steps": 0, "learning_rate": 0.02}
     )
-    first, *_, last = records(fit(config, tmp_path, data=replace(tiny_data(), train=images, test=images[:30])))
+    first, *_, last = records(fit(config, tmp_path, data=half_white((1, 4, 4))))
     assert first["loss"] > 5
     assert math.log(2) < last["loss"] < 2
     assert last["loss"] < last["neg_elbo_nats"]  # of the same model, the tighter bound
@@ -317,6 +326,25 @@ def test_without_an_average_the_weights_themselves_are_the_model(tmp_path: Path)
     saved = checkpoint.read_weights(path / checkpoint.WEIGHTS)
     for name, tensor in checkpoint.load(path).vae.state_dict().items():
         assert torch.equal(tensor, saved[name])
+
+
+def test_the_preset_large_trains_in_bf16_and_its_export_is_exact(tmp_path: Path) -> None:
+    config = preset("large").with_changes(
+        data={"image_shape": (1, 8, 8)},
+        model={"channels": (8, 16), "hidden": (16,)},
+        optimiser={"epochs": 8, "batch_size": 10, "warmup_steps": 1, "learning_rate": 2e-3},
+        run={"precision": "bf16", "threads": 1, "device": "cpu"},
+    )
+    data = half_white((1, 8, 8))
+    path = fit(config, tmp_path / "run", data=data)
+    first, *_, last = records(path)
+    assert last["distortion_nats"] < first["distortion_nats"] / 2
+    assert (path / checkpoint.EMA).is_file()
+    blocks = [module for module in checkpoint.load(path).vae.modules() if isinstance(module, GatedBlock)]
+    assert len(blocks) == 12
+    published = read_card(export(path, tmp_path / "models", name="large", data=data))
+    assert len(published.latent_shape) == 1
+    assert all(0 < graph.parity[0].max_abs_error < 1e-4 for graph in published.graphs)
 
 
 def test_bf16_networks_keep_float32_loss_terms(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

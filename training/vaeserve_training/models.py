@@ -1,7 +1,8 @@
 """The encoder q(z|x) and the decoder p(x|z) as two separate modules, because they are exported and served separately.
 
-One family covers every size: `channels` strided convolutions (none makes a perceptron), then `hidden` dense layers, and
-the mirror image of both. The decoder knows nothing of where its latent comes from.
+One family covers every size: `channels` strided convolutions (none makes a perceptron), each with `blocks` gated
+residual blocks behind it, then `hidden` dense layers, and the mirror image of all that. The decoder knows nothing of
+where its latent comes from.
 """
 
 from __future__ import annotations
@@ -26,6 +27,27 @@ INITIAL_SIGMA = 0.3  # about the standard deviation of natural pixels on the 0..
 _ACTIVATIONS: dict[str, type[nn.Module]] = {"silu": nn.SiLU, "relu": nn.ReLU, "gelu": nn.GELU, "tanh": nn.Tanh}
 
 
+class GatedBlock(nn.Module):
+    """x + a * sigmoid(b), where a and b are two 3x3 convolutions deep: (N, C, H, W) -> (N, C, H, W).
+
+    The gated residual block of PixelCNN++ (Salimans et al. 2017) without its skip connections and dropout.
+    """
+
+    def __init__(self, channels: int, activation: type[nn.Module]) -> None:
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Conv2d(channels, channels, kernel_size=3, padding=1),
+            activation(),
+            nn.Conv2d(channels, 2 * channels, kernel_size=3, padding=1),
+        )
+
+    def forward(self, image: Tensor) -> Tensor:
+        """Return the image with the block's gated change added."""
+        change, gate = self.body(image).chunk(2, dim=1)
+        changed: Tensor = image + change * torch.sigmoid(gate)
+        return changed
+
+
 class Encoder(nn.Module):
     """Image (N, C, H, W) in 0..1 -> mean and log-variance of the diagonal Gaussian q(z|x), (N, D) each."""
 
@@ -37,6 +59,7 @@ class Encoder(nn.Module):
         layers: list[nn.Module] = []
         for before, after in pairwise((image_shape[0], *config.channels)):
             layers += [nn.Conv2d(before, after, kernel_size=4, stride=2, padding=1), activation()]
+            layers += [GatedBlock(after, activation) for _ in range(config.blocks)]
         layers.append(nn.Flatten())
         widths = (math.prod(_deepest_shape(config, image_shape)), *config.hidden)
         for before, after in pairwise(widths):
@@ -67,10 +90,13 @@ class Decoder(nn.Module):
             for before, after in pairwise((*reversed(config.channels), image_shape[0]))
         ]
         (deconvolutions or dense)[-1].register_parameter("bias", None)  # `output_bias` is in its place
+        activation = _ACTIVATIONS[config.activation]
         layers: list[nn.Module] = []
         for layer in (*dense, nn.Unflatten(1, deepest), *deconvolutions):
             if layers and not isinstance(layer, nn.Unflatten):
-                layers.append(_ACTIVATIONS[config.activation]())
+                layers.append(activation())
+            if isinstance(layer, nn.ConvTranspose2d):
+                layers += [GatedBlock(layer.in_channels, activation) for _ in range(config.blocks)]
             layers.append(layer)
         self.body = nn.Sequential(*layers)
         self.output_bias = nn.Parameter(_initial_bias(image_shape, pixel_mean))
