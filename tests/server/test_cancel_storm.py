@@ -11,11 +11,12 @@ import grpc
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+
 from vaeserve import tensors
 from vaeserve.v1 import vae_pb2 as pb
 from vaeserve.v1 import vae_pb2_grpc
 
-WARM_STORMS, STORMS, CALLS = 15, 45, 200
+WARM_STORMS, STORMS, CALLS = 8, 24, 150
 
 
 @pytest.fixture

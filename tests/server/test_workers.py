@@ -18,6 +18,7 @@ from pathlib import Path
 import grpc
 import numpy as np
 import pytest
+
 from bundles import ENCODER, run_directly, slow_encoder, write_bundle
 from vaeserve import AsyncClient, Client, tensors
 from vaeserve.v1 import vae_pb2 as pb
