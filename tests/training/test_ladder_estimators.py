@@ -6,7 +6,15 @@ import numpy as np
 import pytest
 import torch
 
+from vaeserve_training.compute import cpu_threads
 from vaeserve_training.ladder import distances, information
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """The pieces are too small to be shared between threads, which would wait for each other on a busy machine."""
+    with cpu_threads(1):
+        yield
 
 
 def gaussian(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -105,6 +113,16 @@ def test_precision_and_recall_tell_lost_modes_from_stray_samples():
     stray = distances.precision_recall(left, torch.cat([only_left, right]))
     assert 0.4 < stray.precision < 0.55
     assert stray.recall > 0.9
+
+
+def test_core_precision_does_not_fall_for_an_outliers_reach():
+    random = torch.Generator().manual_seed(0)
+    real = torch.cat([torch.randn(600, 2, generator=random), 100 * torch.randn(20, 2, generator=random)])
+    strange = torch.tensor([60.0, 60.0]) + torch.randn(500, 2, generator=random)
+    found = distances.precision_recall(real, strange)
+    assert found.precision > 0.9
+    assert found.core_precision == 0
+    assert distances.precision_recall(real, torch.randn(600, 2, generator=random)).core_precision > 0.8
 
 
 def test_nearest_finds_the_image_itself():

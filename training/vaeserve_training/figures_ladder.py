@@ -16,7 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.textpath import TextPath
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 from numpy.typing import NDArray
 
 from vaeserve_training.figures import (
@@ -200,7 +200,7 @@ class Panel:
     log_y: bool = False
     x_ticks: Sequence[float] = ()
     ordered: bool = False
-    """The series are steps of one quantity, so their colours are, too."""
+    """The series are steps of one quantity, so their colours are, too; one legend serves all panels."""
     diagonal: bool = False
     """Draw where y equals x."""
 
@@ -211,6 +211,10 @@ def chart(path: Path, panels: Sequence[Panel], *, note: str) -> Path:
     figure = Figure(figsize=(width * len(panels), height), dpi=DPI, layout="constrained", facecolor="white")
     for axes, panel in zip(np.atleast_1d(figure.subplots(1, len(panels))), panels, strict=True):
         _draw_panel(axes, panel)
+    if panels[-1].ordered:  # many series, the same in every panel: one legend, beside the last
+        figure.axes[-1].legend(
+            frameon=False, fontsize=8, labelcolor=TEXT_COLOUR, loc="upper left", bbox_to_anchor=(1, 1)
+        )
     _write_note(figure, note)
     return save(figure, path)
 
@@ -232,13 +236,15 @@ def _draw_panel(axes: Axes, panel: Panel) -> None:
     for axis, is_log in ((axes.xaxis, panel.log_x), (axes.yaxis, panel.log_y)):
         if is_log:
             _label_log_axis(axis)
+    if not panel.log_x and all(isinstance(x, int) for series in panel.series for x in series.x):
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     if panel.x_ticks:
         axes.set_xticks(list(panel.x_ticks), [f"{tick:g}" for tick in panel.x_ticks])
         axes.xaxis.set_minor_locator(NullLocator())
     axes.set_xlabel(panel.x_label)
     axes.set_ylabel(panel.y_label)
     style_axes(axes, panel.title)
-    if sum(bool(series.label) for series in panel.series) > 1:
+    if sum(bool(series.label) for series in panel.series) > 1 and not panel.ordered:
         axes.legend(frameon=False, fontsize=8, labelcolor=TEXT_COLOUR)
 
 
@@ -253,7 +259,7 @@ def _draw_series(axes: Axes, series: Series, colour: Colour, marker: str) -> Non
     for name, x, y in zip(series.names, series.x, series.y, strict=False):
         axes.annotate(name, (x, y), xytext=(6, 4), textcoords="offset points", fontsize=8, color=TEXT_COLOUR)
     if series.names:
-        axes.margins(x=0.15)
+        axes.margins(x=0.2, y=0.12)
 
 
 def _label_log_axis(axis: Axis) -> None:

@@ -64,10 +64,9 @@ def run(arguments: Sequence[str]) -> int:
     except KeyboardInterrupt:
         say("interrupted; finished networks and steps are kept: the same command goes on from there")
         return 130
-    if not flags.quiet:
-        for result in results:
-            for claim in result.claims:
-                if not claim.held:
-                    console.print(f"step {result.number}: does not hold: {claim.claim} {claim.otherwise}")
+    for result in results:
+        for claim in result.claims:
+            if result.number in flags.steps and not claim.held:
+                console.print(f"step {result.number}: does not hold: {claim.claim} {claim.otherwise}")
     say(f"wrote {flags.out / climb.REPORT}")
     return 0

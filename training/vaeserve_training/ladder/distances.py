@@ -12,6 +12,7 @@ from torchmetrics.image.fid import FrechetInceptionDistance
 
 _CHUNK = 500  # rows of a table of distances held at once
 NEIGHBOURS = 3  # Kynkaanniemi et al. 2019, section 4
+_OUTLIERS = 0.1  # share of real samples that `core_precision` leaves out
 
 
 class _Features(nn.Module):
@@ -38,10 +39,15 @@ def frechet_distance(real: Tensor, generated: Tensor) -> float:
 
 
 class PrecisionRecall(NamedTuple):
-    """Share of generated samples that lie among the real ones, and of real ones that lie among the generated."""
+    """Share of generated samples that lie among the real ones, and of real ones that lie among the generated.
+
+    `core_precision` leaves out the tenth of the balls that are widest: an outlier's nearest neighbours are far, so its
+    ball takes in much that is like nothing real.
+    """
 
     precision: float
     recall: float
+    core_precision: float
 
 
 def precision_recall(real: Tensor, generated: Tensor) -> PrecisionRecall:
@@ -49,13 +55,22 @@ def precision_recall(real: Tensor, generated: Tensor) -> PrecisionRecall:
 
     Each set's region is the union of balls around its members that reach to their third nearest neighbour.
     """
-    return PrecisionRecall(precision=_share_inside(generated, real), recall=_share_inside(real, generated))
-
-
-def _share_inside(points: Tensor, members: Tensor) -> float:
-    radius = torch.cat(
-        [torch.cdist(chunk, members).kthvalue(NEIGHBOURS + 1, dim=1).values for chunk in torch.split(members, _CHUNK)]
+    radius, generated_radius = _radii(real), _radii(generated)
+    core = radius <= radius.quantile(1 - _OUTLIERS)
+    return PrecisionRecall(
+        precision=_share_inside(generated, real, radius),
+        recall=_share_inside(real, generated, generated_radius),
+        core_precision=_share_inside(generated, real[core], radius[core]),
     )
+
+
+def _radii(members: Tensor) -> Tensor:
+    """Return each member's distance to its third nearest neighbour, (N,)."""
+    chunks = torch.split(members, _CHUNK)
+    return torch.cat([torch.cdist(chunk, members).kthvalue(NEIGHBOURS + 1, dim=1).values for chunk in chunks])
+
+
+def _share_inside(points: Tensor, members: Tensor, radius: Tensor) -> float:
     inside = [(torch.cdist(chunk, members) <= radius).any(1) for chunk in torch.split(points, _CHUNK)]
     return float(torch.cat(inside).double().mean())
 

@@ -39,6 +39,7 @@ class Quality(NamedTuple):
 
     fid: float
     precision: float
+    core_precision: float
     recall: float
     copying: float
 
@@ -123,10 +124,14 @@ class Lab:
         if len(images) != self.scale.samples:
             raise ValueError(f"{len(images)} images; figures compare at {self.scale.samples} only")
         features = self.classifier.features(images)
-        precision, recall = precision_recall(self.real_features, features)
-        train, held_out = intensity(self.train_pixels), intensity(self.test_pixels)
-        copying = copying_share(images, train, held_out)
-        return Quality(frechet_distance(self.real_features, features), precision, recall, copying)
+        among = precision_recall(self.real_features, features)
+        return Quality(
+            fid=frechet_distance(self.real_features, features),
+            precision=among.precision,
+            core_precision=among.core_precision,
+            recall=among.recall,
+            copying=copying_share(images, intensity(self.train_pixels), intensity(self.test_pixels)),
+        )
 
     @cached_property
     def floor(self) -> Quality:

@@ -81,7 +81,7 @@ QUICK = Scale(
     vector_sizes=(1, 2, 4, 8, 16),
     vector_steps=1000,
     samples=5_000,
-    draws=2_000,
+    draws=5_000,
     classifier_epochs=3,
     neg_elbo_bound_nats=120.0,
 )
