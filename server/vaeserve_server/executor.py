@@ -1,7 +1,9 @@
 """Running graphs off the event loop: as many runs at once as there are threads, and work chosen as late as possible.
 
-A run is put together only when a thread is free to take it, so that whatever has queued by then goes in one batch. A
-thread per run and two calls to the loop are all it costs: no executor future, no lock.
+A run is put together only when a thread is free to take it and the loop has nothing else at hand, so that whatever has
+come by then goes in one batch. No clock: an idle loop starts a lone call at once, and one that is busy taking calls
+would only lose by it, for each hand-over costs it the interpreter lock. A thread per run and two calls to the loop are
+all it costs: no executor future, no lock.
 """
 
 from __future__ import annotations
@@ -12,6 +14,11 @@ from collections.abc import Callable
 from queue import SimpleQueue
 from threading import Barrier, Thread
 from typing import Protocol
+
+# From so many rows on a larger run costs hardly less a row, so there is nothing to hold out for.
+_ENOUGH_ROWS = 32
+# A loop that took in no rows for so many turns has none at hand. More than one, for a call takes several turns to come.
+_QUIET_TURNS = 4
 
 
 class Run(Protocol):
@@ -26,6 +33,8 @@ class Run(Protocol):
 
 class RunSource(Protocol):
     """Where runs come from: a batcher."""
+
+    queued_rows: int
 
     def take(self, free_threads: int) -> Run | None:
         """Return the next run, or None if nothing waits. `free_threads` could start now, the run's own included."""
@@ -46,18 +55,18 @@ class RunPool:
         self._free = threads
         self._ready: deque[RunSource] = deque()
         self._scheduled = False
+        self._quiet_turns = 0
         self._runs: SimpleQueue[Run | None] = SimpleQueue()
         self._workers = [Thread(target=self._work, name=f"run-{i}", daemon=True) for i in range(threads)]
         for worker in self._workers:
             worker.start()
 
     def wake(self, source: RunSource) -> None:
-        """Note that `source` has work. What else arrives in this turn of the loop shares its run."""
+        """Note that `source` has work. What else the loop has at hand shares its run."""
         if source not in self._ready:
             self._ready.append(source)
-        if self._free > 0 and not self._scheduled:
-            self._scheduled = True
-            self.loop.call_soon(self._dispatch)
+        self._quiet_turns = 0
+        self._schedule()
 
     def run_in_each(self, work: Callable[[], None]) -> None:
         """Do `work` once in every thread, all at the same time, and raise what one of them raised. Blocks.
@@ -83,8 +92,20 @@ class RunPool:
         for worker in self._workers:
             await asyncio.to_thread(worker.join)
 
+    def _schedule(self) -> None:
+        if self._free > 0 and self._ready and not self._scheduled:
+            self._scheduled = True
+            self.loop.call_soon(self._dispatch_when_quiet)
+
+    def _dispatch_when_quiet(self) -> None:
+        self._quiet_turns += 1
+        if self._quiet_turns > _QUIET_TURNS or sum(source.queued_rows for source in self._ready) >= _ENOUGH_ROWS:
+            self._scheduled = False
+            self._dispatch()
+        else:
+            self.loop.call_soon(self._dispatch_when_quiet)
+
     def _dispatch(self) -> None:
-        self._scheduled = False
         while self._free > 0 and self._ready:
             source = self._ready.popleft()
             run = source.take(self._free)
@@ -100,7 +121,7 @@ class RunPool:
         try:
             run.complete()
         finally:  # whatever happened to one run, the next ones go on
-            self._dispatch()
+            self._schedule()
 
     def _work(self) -> None:
         while (run := self._runs.get()) is not None:

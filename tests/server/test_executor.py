@@ -1,0 +1,106 @@
+"""When runs start: at once for a lone call, and together for what a busy loop takes in turn by turn."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+
+from vaeserve_server.executor import RunPool
+
+MORE_THAN_QUIET_TURNS = 20
+
+
+class Source:
+    """Hands out all rows that wait as one run, and notes how many those were."""
+
+    def __init__(self, pool: RunPool) -> None:
+        self.pool = pool
+        self.queued_rows = 0
+        self.runs: list[int] = []
+        self.done = asyncio.Event()
+
+    def arrive(self, rows: int = 1) -> None:
+        self.queued_rows += rows
+        self.pool.wake(self)
+
+    def take(self, free_threads: int) -> Source | None:
+        if not self.queued_rows:
+            return None
+        self.runs.append(self.queued_rows)
+        self.queued_rows = 0
+        return self
+
+    def has_waiting(self) -> bool:
+        return self.queued_rows > 0
+
+    def execute(self) -> None:
+        pass
+
+    def complete(self) -> None:
+        self.done.set()
+
+
+def live(scenario: Callable[[Source], Awaitable[None]]) -> None:
+    async def run() -> None:
+        pool = RunPool(1)
+        try:
+            await asyncio.wait_for(scenario(Source(pool)), 20)
+        finally:
+            await pool.close()
+
+    asyncio.run(run())
+
+
+def test_a_lone_call_waits_for_no_clock() -> None:
+    async def scenario(source: Source) -> None:
+        source.arrive()
+        for _ in range(MORE_THAN_QUIET_TURNS):
+            await asyncio.sleep(0)
+        assert source.runs == [1]
+
+    live(scenario)
+
+
+def test_calls_that_a_busy_loop_takes_in_turn_by_turn_share_a_run() -> None:
+    async def scenario(source: Source) -> None:
+        for _ in range(10):
+            source.arrive()
+            await asyncio.sleep(0)
+            await asyncio.sleep(0)  # a call takes more than one turn to come
+        assert source.runs == []
+        await source.done.wait()
+        assert source.runs == [10]
+
+    live(scenario)
+
+
+def test_calls_without_end_cannot_hold_up_a_run() -> None:
+    async def scenario(source: Source) -> None:
+        while not source.runs:
+            source.arrive()
+            await asyncio.sleep(0)
+        assert 1 < source.runs[0] < 100
+
+    live(scenario)
+
+
+def test_enough_rows_start_at_once() -> None:
+    async def scenario(source: Source) -> None:
+        source.arrive(512)
+        await asyncio.sleep(0)
+        assert source.runs == [512]
+
+    live(scenario)
+
+
+def test_what_came_while_the_threads_were_busy_starts_when_one_is_free() -> None:
+    async def scenario(source: Source) -> None:
+        source.arrive(64)
+        await asyncio.sleep(0)
+        source.arrive(3)
+        await source.done.wait()
+        source.done.clear()
+        await source.done.wait()
+        assert source.runs == [64, 3]
+
+    live(scenario)
