@@ -76,7 +76,8 @@ def running_server(models_dir: Path, **settings: Any) -> Iterator[RunningServer]
     The transport is the one that pytest was told by --transport, unless the settings name one.
     """
     chosen = Settings(
-        models=models_dir, **{"port": 0, "device": "cpu", "drain_s": 10.0, "transport": default_transport, **settings}
+        models=models_dir,
+        **{"port": 0, "device": "cpu", "metrics_port": 0, "drain_s": 10.0, "transport": default_transport, **settings},
     )
     server: Any = EnvoyServer(chosen) if chosen.transport == "envoy" else RunningServer(chosen)
     try:

@@ -27,6 +27,7 @@ import numpy as np
 from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
+
 from vaeserve import Client, Encoding, ModelInfo, VaeserveError
 from vaeserve_training import figures
 from vaeserve_training.config import DataConfig
@@ -129,7 +130,7 @@ def trainer(*arguments: str) -> None:
 @contextlib.contextmanager
 def serving(models: Path, log: Path) -> Iterator[str]:
     """Run a server of `models` on a free port of this machine; yield its address; stop it at the end."""
-    command = [sys.executable, "-m", "vaeserve_server", "--models", str(models), "--port", "0"]
+    command = [sys.executable, "-m", "vaeserve_server", "--models", str(models), "--port", "0", "--no-metrics"]
     print(f"\n$ vaeserve-server {shlex.join(command[3:])}", flush=True)
     with log.open("w") as log_file:
         server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log_file, text=True)

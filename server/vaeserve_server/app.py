@@ -8,7 +8,7 @@ import signal
 import sys
 from collections.abc import Callable, Coroutine
 from functools import partial
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from vaeserve_server import logs, repository
 from vaeserve_server.addresses import address
@@ -19,10 +19,15 @@ from vaeserve_server.errors import StartError
 from vaeserve_server.executor import RunPool
 from vaeserve_server.graphs import CUDA, CudaOptions, Runtime
 from vaeserve_server.health import Health
+from vaeserve_server.metrics import Metrics
+from vaeserve_server.metrics_http import MetricsEndpoint
 from vaeserve_server.repository import Repository
 from vaeserve_server.service import SERVICE_NAME, VaeService
 from vaeserve_server.settings import Settings
 from vaeserve_server.transport_grpc import GrpcTransport
+
+if TYPE_CHECKING:
+    from vaeserve_server.tracing import CallTracer
 
 _log = logging.getLogger(__name__)
 
@@ -50,9 +55,12 @@ class Server:
     def __init__(self, settings: Settings, new_transport: NewTransport | None = None) -> None:
         self.settings = settings
         self.port = 0
+        self.reloads = {"ok": 0, "failed": 0}
         self._service = VaeService()
         self._health = Health([SERVICE_NAME])
         self._calls = Calls(self._service)
+        self._tracer: CallTracer | None = None
+        self._metrics: MetricsEndpoint | None = None
         if new_transport is None:
             new_transport = partial(GrpcTransport, share_port=settings.workers > 1)
         self._transport = new_transport(self._calls, self._health, settings.max_message_bytes)
@@ -68,6 +76,7 @@ class Server:
         if not listens_last:
             await self._listen()
         try:
+            self._watch()
             await self._load()
             if listens_last:
                 await self._listen()
@@ -75,6 +84,8 @@ class Server:
             self.hurry()
             await self.stop()
             raise
+        if self._metrics is not None:
+            _log.info("metrics", extra={"fields": {"url": self._metrics.url}})
         self._health.set_serving(True)
 
     async def stop(self) -> None:
@@ -90,6 +101,9 @@ class Server:
         await self._transport.close()
         if self._pool is not None:
             await self._pool.close()
+        for last in (self._metrics, self._tracer):  # so that they tell of the drain as well
+            if last is not None:
+                await asyncio.to_thread(last.close)
 
     def hurry(self) -> None:
         """Cut a drain short."""
@@ -110,6 +124,19 @@ class Server:
         await asyncio.wait(tasks, timeout=limit_s, return_when=asyncio.FIRST_COMPLETED)
         for task in tasks:
             task.cancel()
+
+    @property
+    def metrics_port(self) -> int:
+        """The port of the metrics, once started; 0 if there are none."""
+        return self._metrics.port if self._metrics else 0
+
+    def _watch(self) -> None:
+        settings = self.settings
+        if settings.metrics:
+            metrics = Metrics(self._service, [method.stats for method in self._calls.methods], self.reloads)
+            self._metrics = MetricsEndpoint(settings.metrics_host, settings.metrics_port, metrics.text)
+        if settings.traces:
+            self._calls.tracer = self._tracer = _new_tracer()
 
     async def _load(self) -> None:
         settings = self.settings
@@ -133,6 +160,16 @@ class Server:
             repository.load, settings.models, settings.versions, runtime, self._pool, limits
         )
         self._service.open(self.repository, runtime)
+
+
+def _new_tracer() -> CallTracer:
+    try:
+        from vaeserve_server.tracing import CallTracer  # noqa: PLC0415 - needs an extra
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] != "opentelemetry":
+            raise
+        raise StartError(f'--traces needs {error.name}; pip install "vaeserve[otel]"') from None
+    return CallTracer()
 
 
 def run(settings: Settings) -> int:

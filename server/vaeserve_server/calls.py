@@ -18,8 +18,8 @@ from typing import Any, NamedTuple, Protocol
 
 from google.protobuf.message import DecodeError, Message
 from google.rpc import code_pb2
-from vaeserve.v1 import vae_pb2
 
+from vaeserve.v1 import vae_pb2
 from vaeserve_server import status
 from vaeserve_server.errors import CallError, InvalidInputError, QueueFullError
 from vaeserve_server.service import SERVICE_NAME, VaeService
@@ -29,12 +29,12 @@ CALL_ID_KEY = "vaeserve-call-id"
 QUEUE_KEY, COMPUTE_KEY, BATCH_ROWS_KEY = "vaeserve-queue-us", "vaeserve-compute-us", "vaeserve-batch-rows"
 
 Metadata = tuple[tuple[str, str], ...]
-ReadMetadata = Callable[[], Iterable[tuple[str, str | bytes]]]
+ReadMetadata = Callable[[], Iterable[tuple[str, str | bytes]] | None]
 """Returns what metadata the caller sent. Called only where somebody wants to know."""
 
 _log = logging.getLogger(__name__)
 # A transport that ends a call at its deadline may do so by a clock that is this much ahead of ours.
-_CLOCK_S = 0.005
+_CLOCK_S = 0.02
 
 
 class Answer(NamedTuple):
@@ -84,9 +84,9 @@ class Tracer(Protocol):
 class Calls:
     """The calls of one service, over all transports. `tracer` is told of each, if there is one."""
 
-    def __init__(self, service: VaeService, tracer: Tracer | None = None) -> None:
+    def __init__(self, service: VaeService) -> None:
+        self.tracer: Tracer | None = None
         self._loop = asyncio.get_running_loop()
-        self._tracer = tracer
         self._id_prefix = secrets.token_hex(5)
         self._numbers = itertools.count()
         self._in_flight = 0
@@ -137,8 +137,8 @@ class Calls:
                 self._idle.set()
             ended = EndedCall(call_id, SERVICE_NAME, method.name, code, started, self._loop.time(), went)
             _count(method.stats, ended)
-            if self._tracer is not None:
-                self._tracer.trace(ended, read_metadata)
+            if self.tracer is not None:
+                self.tracer.trace(ended, read_metadata)
             if _log.isEnabledFor(logging.DEBUG):
                 _log_call(ended, len(payload))
 
@@ -190,5 +190,5 @@ def _parse(method: Method, payload: bytes) -> Message:
         return method.parse(payload)
     except DecodeError:
         raise InvalidInputError(
-            "", f"the request's {len(payload)} bytes are not a {method.name}Request message"
+            "", f"the request's {len(payload)} bytes are no {method.name}Request message"
         ) from None

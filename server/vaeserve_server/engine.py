@@ -32,7 +32,7 @@ _FLOAT32_MAX = float(np.finfo(np.float32).max)
 # Box-Muller's largest normal, from the smallest uniform, 2**-54; times this temperature it is still a float32.
 MAX_TEMPERATURE = _FLOAT32_MAX / math.sqrt(2 * 54 * math.log(2))
 _STREAM_ROWS = 2**64
-_GRAPH_NAMES = {ENCODER: "encoder", DECODER: "decoder", PRIOR: "prior"}  # in figures and traces
+_GRAPH_NAMES: dict[int, str] = {ENCODER: "encoder", DECODER: "decoder", PRIOR: "prior"}  # in figures and traces
 _ENVELOPE_BYTES = 4096  # a message's fields beside its tensors
 _BATCH_ROWS = {CUDA: 256}
 _BATCH_ROWS_CPU = 64

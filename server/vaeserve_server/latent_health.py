@@ -2,7 +2,8 @@
 
 A model answers any image, and no error tells that the images have changed: another camera, inverted colours, a
 forgotten division by 255. The aggregate posterior does. Its mean, variance and KL per latent are kept here as running
-figures of recent rows, to be held against the same figures in the model card.
+figures of recent rows, to be held against the same figures in the model card. They move in steps of many rows at once,
+so that neither a figure nor the difference of two is the code of an image.
 """
 
 from __future__ import annotations
@@ -14,8 +15,8 @@ from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from vaeserve.v1 import vae_pb2
 
+from vaeserve.v1 import vae_pb2
 from vaeserve_server.checks import Floats
 
 Doubles = NDArray[np.float64]
@@ -24,6 +25,8 @@ MAX_LATENTS = 128
 """Latents watched at most, so that neither a run's cost nor the figures grow with the model."""
 WINDOW_ROWS = 4096
 """Rows after which an old row weighs 1 / e of a new one."""
+STEP_ROWS = 32
+"""Rows, at least, by which the running figures move on."""
 _MAX_ROWS_PER_RUN = 64
 _TINY = float(np.finfo(np.float32).tiny)
 
@@ -51,6 +54,8 @@ class LatentHealth:
         self._lock = threading.Lock()
         self._weight = 0.0
         self._sums = np.zeros((4, len(self.watched)))  # of mean, stddev^2, mean^2 and log stddev
+        self._new_rows = 0
+        self._new_sums = np.zeros_like(self._sums)
 
     def watch(self, run: Callable[[Floats], Sequence[Floats]]) -> Callable[[Floats], Sequence[Floats]]:
         """Return the encoder `run` that also adds what it gives to the figures, in the thread that it runs in."""
@@ -81,14 +86,14 @@ class LatentHealth:
             if not math.isfinite(np.add.reduce(sums, axis=None)):
                 return
         with self._lock:
-            decay = math.exp(-rows / WINDOW_ROWS)
-            self._sums *= decay
-            self._sums += sums
-            self._weight = self._weight * decay + rows
             self.rows += rows
+            self._new_rows += rows
+            self._new_sums += sums
+            if self._new_rows >= STEP_ROWS:
+                self._move_on()
 
     def running(self) -> Figures | None:
-        """Return the figures of recent rows; None before the first."""
+        """Return the figures of recent rows; None before the first `STEP_ROWS`."""
         with self._lock:
             if not self._weight:
                 return None
@@ -96,6 +101,14 @@ class LatentHealth:
         # Var[z] = Var[mean] + E[stddev^2]; KL(N(m, s^2) || N(0, 1)) = (m^2 + s^2 - 1) / 2 - log s, here in expectation.
         kl_nats = (mean_square + variance - 1) / 2 - log_stddev
         return Figures(mean, np.maximum(mean_square - mean * mean, 0) + variance, kl_nats)
+
+    def _move_on(self) -> None:
+        decay = math.exp(-self._new_rows / WINDOW_ROWS)
+        self._sums *= decay
+        self._sums += self._new_sums
+        self._weight = self._weight * decay + self._new_rows
+        self._new_rows = 0
+        self._new_sums[:] = 0
 
 
 def drift_nats(now: Figures, training: Figures) -> Doubles:

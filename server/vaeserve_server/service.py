@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 from numpy.typing import NDArray
+
 from vaeserve import tensors
 from vaeserve.v1 import vae_pb2
-
 from vaeserve_server.engine import Engine
 from vaeserve_server.errors import InvalidInputError, NotServingError
 from vaeserve_server.graphs import Runtime
@@ -41,6 +41,10 @@ class VaeService:
             for engine in repository.engines
         }
         self._repository = repository
+
+    def served(self) -> list[tuple[Engine, vae_pb2.Serving]]:
+        """Return the engines and how they run, from the moment they are open, through a drain to the end."""
+        return [(engine, model.serving) for engine, model in self._models.items()]
 
     def drain(self) -> None:
         """Refuse calls from now on; those that are in go on."""

@@ -77,6 +77,15 @@ class Settings(BaseSettings):
     batch_wait_us: Annotated[int, Field(ge=0, le=1_000_000)] = 0
     """Time that a call may wait for others to share its run. 0 never waits; the clock ticks in milliseconds."""
 
+    metrics: CliImplicitFlag[bool] = True
+    """Serve Prometheus metrics over HTTP, at /metrics."""
+    metrics_host: str = "127.0.0.1"
+    """Address for them. They are never encrypted and ask nobody who is calling; they tell of load, not of images."""
+    metrics_port: Annotated[int, Field(ge=0, le=65535)] = 9464
+    """Port for them; 0 takes a free one, and the log says which."""
+    traces: CliImplicitFlag[bool] = False
+    """Send OpenTelemetry traces, to where OTEL_EXPORTER_OTLP_ENDPOINT and its like say. Needs the extra otel."""
+
     drain_delay_s: Seconds = 0.0
     """After a SIGTERM: time to go on serving while health says NOT_SERVING, for load balancers to notice."""
     drain_s: Seconds = 30.0

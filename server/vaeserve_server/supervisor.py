@@ -44,7 +44,7 @@ def run(settings: Settings, command: Sequence[str] = (sys.executable, "-m", "vae
 
 class _Supervisor:
     def __init__(self, settings: Settings, reserved: socket.socket, command: Sequence[str]) -> None:
-        self._settings = settings.model_copy(update={"port": reserved.getsockname()[1]})
+        self._settings = settings.model_copy(update={"port": reserved.getsockname()[1], "metrics": False})
         self._command = command
         self._processes: set[Process] = set()
         self._stopping = asyncio.Event()

@@ -16,6 +16,7 @@ from types import TracebackType
 from typing import Any, NamedTuple, Self
 
 import grpc
+
 import h2load
 import traffic
 from children import BenchError, Child, worker
@@ -152,7 +153,7 @@ class Bed:
 
     def new_server(self, transport: str, *flags: str) -> Child:
         """Start a server that is not ready yet; the caller's to stop."""
-        command = [sys.executable, "-m", "vaeserve_server", f"--models={self._models}", "--port=0"]
+        command = [sys.executable, "-m", "vaeserve_server", f"--models={self._models}", "--port=0", "--metrics-port=0"]
         command += [f"--device={self.device}", f"--transport={transport}", "--log-level=warning", *flags]
         return Child(command, self._folder / f"server-{transport}.log")
 

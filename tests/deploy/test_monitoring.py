@@ -20,6 +20,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+
+from serving import running_server
 from vaeserve import Client
 
 MONITORING = Path(__file__).parents[2] / "server" / "monitoring"
@@ -96,13 +98,10 @@ def test_alerts_fire_when_they_should_and_not_before(tmp_path: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def watched_server(models_dir: Path) -> Iterator[tuple[str, str]]:
+def watched_server(evaluated_models_dir: Path) -> Iterator[tuple[str, str]]:
     """A server that has answered calls: its gRPC target and the address of its metrics."""
-    pytest.importorskip("vaeserve_server.metrics", reason="the server exposes no metrics")
-    from serving import running_server
-
     port = free_port()
-    with running_server(models_dir, metrics_port=port) as server:
+    with running_server(evaluated_models_dir, metrics_port=port) as server:
         call_everything(server.target)
         yield server.target, f"127.0.0.1:{port}"
 
@@ -116,7 +115,7 @@ def free_port() -> int:
 
 def call_everything(target: str) -> None:
     with Client(target) as client:
-        codes = client.encode(np.zeros((8, 28, 28), np.uint8))
+        codes = client.encode(np.zeros((64, 28, 28), np.uint8))
         client.decode(codes)
         client.sample(4, seed=1)
 

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+
 from vaeserve import __version__
 
 REPOSITORY = Path(__file__).parents[2]
@@ -115,6 +116,7 @@ def test_commands_run(environment: Environment, command: str) -> None:
 def test_a_released_server_answers_a_released_client(environment: Environment, models_dir: Path) -> None:
     """Start, health, encode, decode, SIGTERM."""
     command = environment.command("vaeserve-server", "--models", str(models_dir), "--device", "cpu", "--port", "0")
+    command += ["--metrics-port", "0"]
     with subprocess.Popen(command, cwd=environment.folder, stdout=subprocess.PIPE, text=True) as server:
         try:
             assert server.stdout is not None

@@ -17,9 +17,10 @@ from pathlib import Path
 import grpc
 import numpy as np
 import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
 import serving
 from bundles import ENCODER, slow_encoder, write_bundle
-from grpc_health.v1 import health_pb2, health_pb2_grpc
 from serving import running_server
 from vaeserve import tensors
 from vaeserve.v1 import vae_pb2 as pb
@@ -28,7 +29,7 @@ from vaeserve.v1 import vae_pb2_grpc
 Stub = vae_pb2_grpc.VaeServiceStub
 IMAGE, LATENT = (1, 4, 4), (3,)
 ENVIRONMENT = {name: value for name, value in os.environ.items() if not name.startswith(("VAESERVE_", "GRPC_"))}
-ENVIRONMENT |= {"VAESERVE_TRANSPORT": serving.default_transport}
+ENVIRONMENT |= {"VAESERVE_TRANSPORT": serving.default_transport, "VAESERVE_METRICS_PORT": "0"}
 COMMAND = [sys.executable, "-m", "vaeserve_server"]
 
 
@@ -240,7 +241,9 @@ def test_wrong_flags_and_variables_are_told_in_one_line() -> None:
     )
 
 
-@pytest.mark.parametrize("missing", ["onnxruntime", "pydantic_settings", "grpc_reflection", "pydantic"])
+@pytest.mark.parametrize(
+    "missing", ["onnxruntime", "pydantic_settings", "grpc_reflection", "pydantic", "prometheus_client"]
+)
 def test_a_missing_extra_is_told_in_one_line(missing: str) -> None:
     program = (
         f"import sys; sys.modules[{missing!r}] = None; from vaeserve_server.__main__ import main; sys.exit(main())"

@@ -15,9 +15,10 @@ from pathlib import Path
 import grpc
 import numpy as np
 import pytest
-from bundles import ENCODER, slow_encoder, write_bundle
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from h2.errors import ErrorCodes
+
+from bundles import ENCODER, slow_encoder, write_bundle
 from http2 import Connection, frame
 from vaeserve import tensors
 from vaeserve.v1 import vae_pb2 as pb
@@ -51,6 +52,7 @@ def settings(models: Path, **changes: object) -> Settings:
     chosen = {
         "models": models,
         "port": 0,
+        "metrics_port": 0,
         "device": "cpu",
         "transport": "envoy",
         "threads": 1,
