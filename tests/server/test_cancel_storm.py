@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+import serving
 from vaeserve import tensors
 from vaeserve.v1 import vae_pb2 as pb
 from vaeserve.v1 import vae_pb2_grpc
@@ -23,7 +24,8 @@ WARM_STORMS, STORMS, CALLS = 8, 24, 150
 def process(models_dir: Path) -> Iterator[tuple[int, str]]:
     """A server process: its id, and its address."""
     command = [sys.executable, "-m", "vaeserve_server", "--models", str(models_dir), "--port", "0", "--device", "cpu"]
-    with subprocess.Popen([*command, "--threads", "1"], stdout=subprocess.PIPE, text=True) as popen:
+    command += ["--threads", "1", "--metrics-port", "0", "--transport", serving.default_transport]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as popen:
         try:
             assert popen.stdout is not None
             yield popen.pid, popen.stdout.readline().split(" on ")[1].split(" ")[0]
