@@ -13,7 +13,7 @@ def main() -> int:
     # The port's and the provider's errors are told in one line; grpcio's own would come before them.
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     try:
-        from vaeserve_server import app, settings  # noqa: PLC0415
+        from vaeserve_server import settings, start  # noqa: PLC0415
         from vaeserve_server.errors import StartError  # noqa: PLC0415
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] in _OWN_PACKAGES:
@@ -25,7 +25,7 @@ def main() -> int:
     except StartError as error:
         sys.stderr.write(f"vaeserve-server: {error}\n")
         return 2
-    return app.run(chosen)
+    return start.run(chosen)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from collections.abc import Callable, Coroutine
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
-from vaeserve_server import logs, repository
+from vaeserve_server import repository
 from vaeserve_server.addresses import address
 from vaeserve_server.calls import Calls
 from vaeserve_server.cores import available_cores
@@ -84,7 +84,7 @@ class Server:
             self.hurry()
             await self.stop()
             raise
-        if self._metrics is not None:
+        if self._metrics is not None and self.settings.workers == 1:  # else there is one page for all
             _log.info("metrics", extra={"fields": {"url": self._metrics.url}})
         self._health.set_serving(True)
 
@@ -126,9 +126,9 @@ class Server:
             task.cancel()
 
     @property
-    def metrics_port(self) -> int:
-        """The port of the metrics, once started; 0 if there are none."""
-        return self._metrics.port if self._metrics else 0
+    def metrics_url(self) -> str:
+        """Where the metrics are, once started; empty if there are none."""
+        return self._metrics.url if self._metrics else ""
 
     def _watch(self) -> None:
         settings = self.settings
@@ -170,29 +170,6 @@ def _new_tracer() -> CallTracer:
             raise
         raise StartError(f'--traces needs {error.name}; pip install "vaeserve[otel]"') from None
     return CallTracer()
-
-
-def run(settings: Settings) -> int:
-    """Serve until SIGTERM or SIGINT, then drain; a second signal cuts the drain short. Return the exit status."""
-    logs.configure(settings.log_format, settings.log_level)
-    try:
-        if settings.transport == "envoy":
-            from vaeserve_server import envoy  # noqa: PLC0415 - needs an extra
-
-            envoy.execute(settings)
-        if settings.workers > 1:
-            from vaeserve_server import supervisor  # noqa: PLC0415 - it is built on this module
-
-            return supervisor.run(settings)
-        asyncio.run(_serve(settings))
-    except StartError as error:
-        _log.error("cannot start: %s", error)
-        return 1
-    return 0
-
-
-async def _serve(settings: Settings) -> None:
-    await serve(Server(settings), watch_signals)
 
 
 async def serve(server: Server, watch_signals: Callable[[Callable[[], None]], None]) -> None:

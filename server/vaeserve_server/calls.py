@@ -189,6 +189,4 @@ def _parse(method: Method, payload: bytes) -> Message:
     try:
         return method.parse(payload)
     except DecodeError:
-        raise InvalidInputError(
-            "", f"the request's {len(payload)} bytes are no {method.name}Request message"
-        ) from None
+        raise InvalidInputError("", f"the request's {len(payload)} bytes are no {method.name}Request message") from None

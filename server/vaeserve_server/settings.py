@@ -82,7 +82,7 @@ class Settings(BaseSettings):
     metrics_host: str = "127.0.0.1"
     """Address for them. They are never encrypted and ask nobody who is calling; they tell of load, not of images."""
     metrics_port: Annotated[int, Field(ge=0, le=65535)] = 9464
-    """Port for them; 0 takes a free one, and the log says which."""
+    """Port for them, one page for all workers; 0 takes a free one, and the log says which."""
     traces: CliImplicitFlag[bool] = False
     """Send OpenTelemetry traces, to where OTEL_EXPORTER_OTLP_ENDPOINT and its like say. Needs the extra otel."""
 

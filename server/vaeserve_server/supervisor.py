@@ -14,11 +14,13 @@ import signal
 import socket
 import sys
 from asyncio.subprocess import PIPE, Process
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from vaeserve_server.addresses import reserve
 from vaeserve_server.app import watch_signals
 from vaeserve_server.errors import StartError
+from vaeserve_server.metrics_http import MetricsEndpoint
+from vaeserve_server.metrics_merge import MergedPages
 from vaeserve_server.settings import Settings
 from vaeserve_server.worker import FAILED
 
@@ -29,6 +31,8 @@ _MAX_BACKOFF_S = 30.0
 # A worker that lived this long died of something new.
 _STEADY_S = 60.0
 _START_ATTEMPTS = 5
+# Of each worker: for the supervisor alone to read.
+_OWN_METRICS = {"metrics_host": "127.0.0.1", "metrics_port": 0}
 # Beyond a drain's own limits, until a worker that does not end is killed.
 _PATIENCE_S = 15.0
 
@@ -44,10 +48,12 @@ def run(settings: Settings, command: Sequence[str] = (sys.executable, "-m", "vae
 
 class _Supervisor:
     def __init__(self, settings: Settings, reserved: socket.socket, command: Sequence[str]) -> None:
-        self._settings = settings.model_copy(update={"port": reserved.getsockname()[1], "metrics": False})
+        self._settings = settings.model_copy(update={"port": reserved.getsockname()[1], **_OWN_METRICS})
+        self._metrics_address = settings.metrics_host, settings.metrics_port
         self._command = command
         self._processes: set[Process] = set()
         self._stopping = asyncio.Event()
+        self._metrics_urls: dict[int, str] = {}  # of the workers that serve now, by their place
         self._ready: set[int] = set()  # the places whose worker has come to serve, once at least
         self._failure: StartError | None = None
         self._clean = True
@@ -55,11 +61,25 @@ class _Supervisor:
     async def live(self) -> int:
         """Keep the workers until told to stop; return the exit status."""
         watch_signals(self._on_signal)
-        await asyncio.gather(*(self._keep(place) for place in range(self._settings.workers)))
+        with self._one_page():
+            await asyncio.gather(*(self._keep(place) for place in range(self._settings.workers)))
         if self._failure is not None:
             raise self._failure
         _log.info("all workers stopped")
         return 0 if self._clean else 1
+
+    @contextlib.contextmanager
+    def _one_page(self) -> Iterator[None]:
+        """Serve the metrics of all workers on the address that the settings name."""
+        if not self._settings.metrics:
+            yield
+            return
+        page = MetricsEndpoint(*self._metrics_address, MergedPages(self._metrics_urls.copy).text)
+        _log.info("metrics", extra={"fields": {"url": page.url}})
+        try:
+            yield
+        finally:
+            page.close()
 
     def _on_signal(self) -> None:
         self._stopping.set()
@@ -100,8 +120,11 @@ class _Supervisor:
                 _signal(process, signal.SIGTERM)
             process.stdin.write(self._settings.model_dump_json().encode() + b"\n")  # and it stays open
             self._note(place, process, (await process.stdout.readline()).decode().rstrip("\n"))
+            if url := (await process.stdout.readline()).decode().rstrip("\n"):
+                self._metrics_urls[place] = url
             return process, await self._end_of(process)
         finally:
+            self._metrics_urls.pop(place, None)
             self._processes.discard(process)
             process.stdin.close()
 

@@ -1,7 +1,8 @@
 """One of several server processes on one port, as `supervisor` starts it.
 
 Settings come as one line of JSON on standard input. The first line on standard output is the ready line, or starts with
-FAILED and says why there is none. When standard input ends the supervisor is gone, and the worker drains and ends too.
+FAILED and says why there is none; the second is the address of the worker's own metrics, empty where there are none.
+When standard input ends the supervisor is gone, and the worker drains and ends too.
 """
 
 from __future__ import annotations
@@ -30,8 +31,14 @@ def main() -> int:
     return 0
 
 
+class _Worker(app.Server):
+    def ready_line(self) -> str:
+        """Return what is served where, and on a second line where the metrics are."""
+        return f"{super().ready_line()}\n{self.metrics_url}"
+
+
 async def _serve(settings: Settings) -> None:
-    await app.serve(app.Server(settings), _watch)
+    await app.serve(_Worker(settings), _watch)
 
 
 def _watch(on_signal: Callable[[], None]) -> None:

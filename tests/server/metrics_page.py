@@ -39,19 +39,30 @@ def url(server: Any) -> str:
         found = re.search(r"metrics url=(\S+)", server.log())
         assert found is not None, server.log()
         return found[1]
-    return f"http://127.0.0.1:{server.server.metrics_port}/metrics"
+    address: str = server.server.metrics_url
+    return address
 
 
-def scrape(server: Any) -> Page:
+def read(address: str) -> Page:
     """Return the metrics of now."""
-    with urllib.request.urlopen(url(server), timeout=10) as answer:
+    with urllib.request.urlopen(address, timeout=10) as answer:
         assert answer.headers["Content-Type"] == "text/plain; version=0.0.4; charset=utf-8"
         return Page(answer.read().decode())
 
 
-def scrape_until(server: Any, holds: Callable[[Page], bool]) -> Page:
+def read_until(address: str, holds: Callable[[Page], bool]) -> Page:
     """Return the first page that `holds`: a client may have its answer a moment before the server has counted it."""
     deadline = time.monotonic() + _LIMIT_S
-    while not holds(page := scrape(server)):
+    while not holds(page := read(address)):
         assert time.monotonic() < deadline, page.text
     return page
+
+
+def scrape(server: Any) -> Page:
+    """Return the metrics of a running server."""
+    return read(url(server))
+
+
+def scrape_until(server: Any, holds: Callable[[Page], bool]) -> Page:
+    """Return the first page of a running server that `holds`."""
+    return read_until(url(server), holds)

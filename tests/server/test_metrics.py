@@ -229,7 +229,7 @@ def test_drift_is_nothing_on_known_images_and_plain_on_others(
 def test_metrics_can_be_switched_off(tmp_path: Path) -> None:
     write_bundle(tmp_path, image_shape=IMAGE, latent_shape=LATENT)
     with running_server(tmp_path, metrics=False, transport="grpc") as server:
-        assert server.server.metrics_port == 0
+        assert server.server.metrics_url == ""
         with grpc.insecure_channel(server.target) as channel:
             assert Stub(channel).Encode(encode()).mean.shape == [1, 3]
 

@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 
 from bundles import ENCODER, run_directly, slow_encoder, write_bundle
+from metrics_page import read_until
 from vaeserve import AsyncClient, Client, tensors
 from vaeserve.v1 import vae_pb2 as pb
 from vaeserve.v1 import vae_pb2_grpc
@@ -30,7 +31,7 @@ from vaeserve_server.settings import Settings, from_command_line
 
 IMAGE, LATENT = (1, 4, 4), (3,)
 ENVIRONMENT = {name: value for name, value in os.environ.items() if not name.startswith(("VAESERVE_", "GRPC_"))}
-COMMAND = [sys.executable, "-m", "vaeserve_server", "--device", "cpu"]
+COMMAND = [sys.executable, "-m", "vaeserve_server", "--device", "cpu", "--metrics-port", "0"]
 LIMIT_S = 90.0
 
 
@@ -135,6 +136,22 @@ def test_workers_share_one_port_and_clients_spread_over_them(models: Path) -> No
             assert all(connections_of(pid, server.port) > 0 for pid in server.pids())  # by 24 throws of a coin
         assert server.end() == 0
     assert "Traceback" not in server.log
+
+
+def test_one_page_has_the_metrics_of_all_workers(models: Path) -> None:
+    with supervised(models, "--workers", "2", "--threads", "2") as server:
+        (url,) = re.findall(r"INFO metrics url=(\S+)", server.log)
+        with Client(server.target, model="quick", connections=8, rows_per_call=1) as client:
+            client.encode(np.zeros((40, *IMAGE), np.float32))
+        page = read_until(url, lambda page: page("vaeserve_calls_total", rpc="Encode") == 40)
+        assert page("vaeserve_workers") == 2
+        assert set(page.by("worker", "vaeserve_calls_total")) == {"0", "1"}
+        assert page("vaeserve_rows_total", worker="0") + page("vaeserve_rows_total", worker="1") == 40
+        assert page("vaeserve_model_versions", worker="1", model="quick") == 1
+        os.kill(server.pids()[0], signal.SIGKILL)
+        read_until(url, lambda page: page("vaeserve_workers") == 1)
+        read_until(url, lambda page: page("vaeserve_workers") == 2)
+        assert server.end() == 0
 
 
 def test_a_worker_killed_under_load_loses_no_call_and_comes_back(models: Path) -> None:
