@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 
-from conftest import MNIST_SUBSET
 from headless import find_browser, open_page
 from vaeserve_training.__main__ import main
 from vaeserve_training.compute import cpu_threads
@@ -25,6 +24,8 @@ from vaeserve_training.ladder.scale import FULL, QUICK
 from vaeserve_training.ladder.showcase import manifold
 from vaeserve_training.ladder.systems import image_mse, intensity
 
+MNIST_SUBSET = Path(__file__).parents[1] / "data" / "mnist_subset.npz"
+
 HANDFUL = QUICK.model_copy(
     update={
         "name": "a handful of images",
@@ -37,6 +38,7 @@ HANDFUL = QUICK.model_copy(
         "steps": 400,
         "snapshots": (0, 10, 100),
         "betas": (0.1, 1.0, 8.0),
+        "plane": ModelConfig(latent_size=2, channels=(), hidden=(128, 64)),
         "deconvolution": ModelConfig(latent_size=4, channels=(8, 16), hidden=(128,)),
         "constant_steps": 1000,
         "one_hot_images": (1, 4, 8),

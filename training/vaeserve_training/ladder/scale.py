@@ -31,6 +31,8 @@ class Scale(Section):
     """Steps after which the VAE is looked at on its way."""
     betas: tuple[float, ...]
     """Weights of the rate in steps 7 and 9; 1 is among them."""
+    plane: ModelConfig
+    """Step 11: the networks around two latents, deeper, since so narrow a code has to be folded."""
     deconvolution: ModelConfig
     """The decoder that memorises in steps 1 to 3; its latent size is the length of step 1's input."""
     constant_steps: int
@@ -74,6 +76,7 @@ QUICK = Scale(
     steps=2400,
     snapshots=(0, 10, 30, 100, 300, 1000),
     betas=(0.1, 0.3, 1.0, 2.0, 4.0, 8.0),
+    plane=ModelConfig(latent_size=2, channels=(), hidden=(400, 200, 100)),
     deconvolution=ModelConfig(latent_size=16, channels=(16, 32), hidden=(256,)),
     constant_steps=2000,
     one_hot_images=(1, 4, 16, 64),
@@ -93,6 +96,7 @@ FULL = QUICK.model_copy(
         "name": "full",
         "seeds": (0, 1, 2),
         "base": _PRESET,
+        "plane": ModelConfig(latent_size=2, hidden=(256, 128)),
         "train_images": 60_000,
         "growing_images": (1_000, 5_000, 60_000),
         "steps": _PRESET.optimiser.epochs * math.ceil(60_000 / _PRESET.optimiser.batch_size),

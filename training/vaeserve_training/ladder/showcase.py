@@ -79,7 +79,7 @@ def measure_showcase(lab: Lab) -> Findings:
                 note=f"Dynamic binarisation with a fixed seed. FID-LeNet of real unseen images: {lab.floor.fid:.2f}.",
             ),
             Table(
-                title="The same with two latents",
+                title="A VAE with two latents",
                 columns=("-ELBO of unseen images, nats", "rate, nats"),
                 rows=(
                     (

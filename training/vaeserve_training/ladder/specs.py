@@ -54,7 +54,8 @@ def variational_autoencoder(scale: Scale, seed: int, images: int | None = None, 
 
 def two_latents(scale: Scale, seed: int) -> Spec:
     """Return step 11's VAE whose latents fit on a page."""
-    return Spec(codes="encoder with noise", config=_as_base(scale, seed).with_changes(model={"latent_size": 2}))
+    config = _as_base(scale, seed).with_changes(model=scale.plane.model_dump(), optimiser={"learning_rate": 2e-3})
+    return Spec(codes="encoder with noise", config=config)
 
 
 def literal_loss(scale: Scale, seed: int) -> Spec:
