@@ -102,7 +102,7 @@ def test_make_serve_serves_until_it_is_asked_to_stop(models_dir: Path) -> None:
     if not (environment / ".user").exists():
         pytest.skip("not in the environment that the Makefile makes")
     command = ["make", "--no-print-directory", "-o", f"{environment}/.user", "serve", f"VENV={environment}"]
-    variables = {**os.environ, "VAESERVE_MODELS": str(models_dir), "VAESERVE_PORT": "0", "MAKEFLAGS": ""}
+    variables = {**os.environ, "VAESERVE_MODELS": str(models_dir), "VAESERVE_PORT": "0", "VAESERVE_METRICS": "false"}
     with subprocess.Popen(
         command, cwd=ROOT, env=variables, stdout=subprocess.PIPE, text=True, start_new_session=True
     ) as process:
@@ -119,6 +119,15 @@ def test_gpu_blocks_name_flags_and_extras_that_exist() -> None:
     servers = [words for words in commands("gpu") if words[0] == "vaeserve-server"]
     assert {extra for words in installs for extra in re.findall(r"[\w-]+", words[-1])[1:]} <= set(extras)
     assert [from_command_line(words[1:]) for words in servers] == [Settings(models=Path("models"), device="cuda")]
+
+
+def test_docker_blocks_name_profiles_that_exist() -> None:
+    compose = (ROOT / "docker-compose.yml").read_text()
+    assert commands("docker")
+    profiles = [
+        words[index + 1] for words in commands("docker") for index, word in enumerate(words) if word == "--profile"
+    ]
+    assert [profile for profile in profiles if not re.search(rf"profiles: \[.*\b{profile}\b", compose)] == []
 
 
 def test_links_within_the_repository_lead_somewhere() -> None:
