@@ -102,7 +102,14 @@ def test_make_serve_serves_until_it_is_asked_to_stop(models_dir: Path) -> None:
     if not (environment / ".user").exists():
         pytest.skip("not in the environment that the Makefile makes")
     command = ["make", "--no-print-directory", "-o", f"{environment}/.user", "serve", f"VENV={environment}"]
-    variables = {**os.environ, "VAESERVE_MODELS": str(models_dir), "VAESERVE_PORT": "0", "VAESERVE_METRICS": "false"}
+    variables = {
+        **os.environ,
+        "VAESERVE_MODELS": str(models_dir),
+        "VAESERVE_PORT": "0",
+        "VAESERVE_METRICS": "false",
+        "MAKEFLAGS": "",
+        "ARGS": "",
+    }
     with subprocess.Popen(
         command, cwd=ROOT, env=variables, stdout=subprocess.PIPE, text=True, start_new_session=True
     ) as process:
