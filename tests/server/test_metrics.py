@@ -56,14 +56,16 @@ def stub(server: RunningServer) -> Iterator[Stub]:
 
 
 def test_every_call_is_counted_once_whatever_became_of_it(server: RunningServer, stub: Stub) -> None:
-    busy = stub.Encode.future(encode(pixel=HALF_A_SECOND))
+    busy = stub.Encode.future(encode(pixel=3 * HALF_A_SECOND))
     server.until(lambda running: running._pool._free == 0)
-    expiring = [stub.Encode.future(encode(2), timeout=0.1) for _ in range(7)]
     cancelled = [stub.Encode.future(encode(3)) for _ in range(11)]
     queued = [stub.Encode.future(encode(5)) for _ in range(13)]
-    server.until(lambda running: queued_rows(running) == 7 * 2 + 11 * 3 + 13 * 5)
+    server.until(lambda running: queued_rows(running) == 11 * 3 + 13 * 5)
     for call in cancelled:
         call.cancel()
+    expiring = [stub.Encode.future(encode(2), timeout=0.1) for _ in range(7)]
+    for call in expiring:
+        assert isinstance(call.exception(), grpc.RpcError)
     refused = [stub.Encode.future(encode(501)) for _ in range(17)]
     wrong = [stub.Decode.future(pb.DecodeRequest()) for _ in range(19)]
     missing = [stub.GetModel.future(pb.GetModelRequest(model=pb.ModelRef(name="nobody"))) for _ in range(23)]
