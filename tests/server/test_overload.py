@@ -20,7 +20,7 @@ from vaeserve.v1 import vae_pb2_grpc
 
 Stub = vae_pb2_grpc.VaeServiceStub
 IMAGE, LATENT = (1, 4, 4), (3,)
-HALF_A_SECOND, MUCH_TOO_LONG = 0.01, 1.0
+HALF_A_SECOND, A_FEW_SECONDS, MUCH_TOO_LONG = 0.01, 0.1, 1.0
 
 
 def request(rows: int = 1, pixel: float = 0.0) -> pb.EncodeRequest:
@@ -91,7 +91,7 @@ def test_a_storm_of_cancels_leaves_an_empty_queue(slow_server: RunningServer, st
 
 
 def test_a_client_that_goes_away_takes_its_calls_with_it(slow_server: RunningServer, stub: Stub) -> None:
-    slow = occupy(slow_server, stub, HALF_A_SECOND)
+    slow = occupy(slow_server, stub, A_FEW_SECONDS)
     leaving = grpc.insecure_channel(slow_server.target)
     calls = [Stub(leaving).Encode.future(request()) for _ in range(200)]
     slow_server.until(lambda server: queued_rows(server) == 200)
