@@ -1,7 +1,6 @@
 """Every step of the ladder on a handful of images: its claims, and not only that it runs."""
 
 import json
-import multiprocessing
 import subprocess
 import sys
 from dataclasses import replace
@@ -79,7 +78,7 @@ def data():
 def folder(tmp_path_factory, data, one_thread):
     """A folder that the whole ladder was run in."""
     out = tmp_path_factory.mktemp("ladder")
-    climb.climb(HANDFUL, data, out, device="cpu", workers=1)
+    climb.climb(HANDFUL, data, out, device="cpu")
     return out
 
 
@@ -192,7 +191,7 @@ def test_a_finished_ladder_trains_and_measures_nothing(folder, data, monkeypatch
     before = (folder / climb.RESULTS).read_bytes()
     monkeypatch.setattr(cache, "train", None)
     monkeypatch.setattr(climb, "_run", None)
-    climb.climb(HANDFUL, data, folder, device="cpu", workers=1)
+    climb.climb(HANDFUL, data, folder, device="cpu")
     assert (folder / climb.RESULTS).read_bytes() == before
 
 
@@ -215,23 +214,6 @@ def test_a_killed_ladder_goes_on_with_what_is_finished(data, tmp_path, monkeypat
     climb.climb(small, data, tmp_path, numbers=(1, 2), device="cpu")
     assert trained[3:] == [("one-hot", 4), ("one-hot", 8)]
     assert [step["number"] for step in json.loads((tmp_path / climb.RESULTS).read_bytes())["steps"]] == [1, 2]
-
-
-def test_networks_trained_side_by_side_are_the_same(data, tmp_path):
-    small = HANDFUL.model_copy(update={"constant_steps": 40, "one_hot_steps": 40})
-    steps = {}
-    for workers in (1, 2):
-        climb.climb(small, data, tmp_path / str(workers), numbers=(1, 2), device="cpu", workers=workers)
-        found = json.loads((tmp_path / str(workers) / climb.RESULTS).read_bytes())["steps"]
-        steps[workers] = [(step["claims"], step["tables"]) for step in found]
-    assert steps[1] == steps[2]
-
-
-def test_a_failure_in_another_process_is_told(data, tmp_path):
-    wrong = HANDFUL.model_copy(update={"one_hot_images": (1, 2000)})  # more images than there are
-    with pytest.raises(RuntimeError, match="out of bound"):
-        climb.climb(wrong, data, tmp_path, numbers=(2,), device="cpu", workers=2)
-    assert not multiprocessing.active_children()
 
 
 def test_results_of_other_sizes_are_not_taken_for_these(data, tmp_path):
