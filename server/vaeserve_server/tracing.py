@@ -11,13 +11,14 @@ import asyncio
 import time
 from collections.abc import Callable
 from importlib.metadata import version
+from threading import Timer
 
 from google.rpc import code_pb2
 from opentelemetry.context import Context
 from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter
 from opentelemetry.sdk.resources import OTELResourceDetector, Resource
 from opentelemetry.sdk.trace import TracerProvider
-from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter
+from opentelemetry.sdk.trace.export import BatchSpanProcessor
 from opentelemetry.trace import SpanKind, Status, StatusCode, set_span_in_context
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
@@ -26,6 +27,7 @@ from vaeserve_server.stats import Passage
 
 _EpochNs = Callable[[float], int]
 
+_LAST_SPANS_S = 2.0
 _W3C_KEYS = {"traceparent", "tracestate"}
 # Those for which OpenTelemetry's conventions for gRPC blame the server; the others are the caller's own.
 _SERVER_FAULTS = {
@@ -39,14 +41,15 @@ _SERVER_FAULTS = {
 
 
 class CallTracer:
-    """Hands the spans of calls to an exporter, by default OTLP over gRPC."""
+    """Sends the spans of calls to a collector, by OTLP over gRPC."""
 
-    def __init__(self, exporter: SpanExporter | None = None) -> None:
+    def __init__(self) -> None:
         self._loop = asyncio.get_running_loop()
         resource = Resource.create({"service.name": "vaeserve", "service.version": version("vaeserve")})
         # What the user says of the service in the environment goes before our own words.
         self._provider = TracerProvider(resource=resource.merge(OTELResourceDetector().detect()))
-        self._provider.add_span_processor(BatchSpanProcessor(exporter or OTLPSpanExporter()))
+        self._exporter = OTLPSpanExporter()
+        self._provider.add_span_processor(BatchSpanProcessor(self._exporter))
         self._tracer = self._provider.get_tracer(__name__)
         self._propagator = TraceContextTextMapPropagator()
 
@@ -78,8 +81,11 @@ class CallTracer:
         span.end(epoch_ns(call.ended))
 
     def close(self) -> None:
-        """Send what is left, as long as the exporter's own limit lets it try. Call it off the event loop."""
+        """Send what is left, if there is somebody to take it at once. Call it off the event loop."""
+        give_up = Timer(_LAST_SPANS_S, self._exporter.shutdown)  # or it tries again, for ten seconds
+        give_up.start()
         self._provider.shutdown()
+        give_up.cancel()
 
     def _trace_passage(self, passage: Passage, within: Context, call_ended: float, epoch_ns: _EpochNs) -> None:
         attributes: dict[str, str | int] = {

@@ -71,6 +71,13 @@ def test_service_and_below_know_no_transport(module: str) -> None:
     assert "google.rpc" not in names
 
 
+@pytest.mark.parametrize("module", sorted(MODULES))
+def test_only_metrics_and_tracing_know_who_watches(module: str) -> None:
+    roots = {name.partition(".")[0] for name in imports(MODULES[module])}
+    assert ("prometheus_client" in roots) == (module in {"metrics", "metrics_merge"})
+    assert ("opentelemetry" in roots) == (module == "tracing")
+
+
 def test_no_module_imports_itself_in_a_circle() -> None:
     arrows = {
         module: {name.split(".")[1] for name in imports(file) if name.startswith("vaeserve_server.")} & MODULES.keys()
