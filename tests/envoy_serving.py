@@ -67,7 +67,10 @@ class EnvoyServer:
     def end(self, expected_status: int) -> str:
         """Wait for the end, check how it ended, and return the log."""
         with self.process:
-            status = self.process.wait(_LIMIT_S)
+            try:
+                status = self.process.wait(_LIMIT_S)
+            finally:
+                self.process.kill()  # or leaving would wait for ever for one that does not end
         said = self.log()
         self._log.close()
         assert status == expected_status, said

@@ -198,21 +198,25 @@ def test_while_models_load_health_says_so_and_calls_are_unavailable(models: Path
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
+    often = [("grpc.max_reconnect_backoff_ms", 100), ("grpc.initial_reconnect_backoff_ms", 100)]
     with (
         tempfile.TemporaryFile("w+") as log,
         spawn(settings(models, port=port), log, TESTS_HOLD_LOADING=str(tmp_path / "go on")) as process,
-        grpc.insecure_channel(f"127.0.0.1:{port}") as channel,
+        grpc.insecure_channel(f"127.0.0.1:{port}", often) as channel,
     ):
-        watch = health_pb2_grpc.HealthStub(channel).Watch(Check(), wait_for_ready=True, timeout=30)
-        assert next(watch).status == Answer.NOT_SERVING
-        with pytest.raises(grpc.RpcError, match="the server is loading its models; try again") as early:
-            Stub(channel).ListModels(pb.ListModelsRequest())
-        assert early.value.code() == grpc.StatusCode.UNAVAILABLE
-        (tmp_path / "go on").touch()
-        assert next(watch).status == Answer.SERVING
-        assert len(Stub(channel).ListModels(pb.ListModelsRequest()).models) == 1
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(30) == 0
+        try:
+            watch = health_pb2_grpc.HealthStub(channel).Watch(Check(), wait_for_ready=True, timeout=60)
+            assert next(watch).status == Answer.NOT_SERVING
+            with pytest.raises(grpc.RpcError, match="the server is loading its models; try again") as early:
+                Stub(channel).ListModels(pb.ListModelsRequest())
+            assert early.value.code() == grpc.StatusCode.UNAVAILABLE
+            (tmp_path / "go on").touch()
+            assert next(watch).status == Answer.SERVING
+            assert len(Stub(channel).ListModels(pb.ListModelsRequest()).models) == 1
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(60) == 0
+        finally:
+            process.kill()
 
 
 def test_killed_it_frees_its_port_and_starts_again(models: Path) -> None:
