@@ -9,9 +9,16 @@ _OWN_PACKAGES = {"vaeserve", "vaeserve_server"}
 
 
 def main() -> int:
-    """Serve until a signal; return 0 after a drain, 1 if the server cannot start, 2 if the command line is wrong."""
+    """Serve until a signal; return 0 after a drain, 1 if the server cannot start, 2 if the command line is wrong.
+
+    `vaeserve-server doctor` says instead what is installed and what works; see doctor.py.
+    """
     # The port's and the provider's errors are told in one line; grpcio's own would come before them.
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
+    if sys.argv[1:2] == ["doctor"]:
+        from vaeserve_server import doctor  # noqa: PLC0415
+
+        return doctor.main(sys.argv[2:])
     try:
         from vaeserve_server import settings, start  # noqa: PLC0415
         from vaeserve_server.errors import StartError  # noqa: PLC0415

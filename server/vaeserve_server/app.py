@@ -140,26 +140,40 @@ class Server:
 
     async def _load(self) -> None:
         settings = self.settings
-        cuda = CudaOptions(
-            tf32=settings.tf32,
-            nhwc=settings.nhwc,
-            gpu_memory_bytes=settings.gpu_memory_bytes,
-            cuda_graphs=settings.cuda_graphs,
-        )
-        runtime = await asyncio.to_thread(Runtime, settings.device, cuda)
-        threads = settings.threads or (settings.workers if runtime.provider == CUDA else available_cores())
-        limits = Limits(
-            max_rows_per_call=settings.max_rows_per_call,
-            max_message_bytes=settings.max_message_bytes,
-            max_batch_rows=settings.max_batch_rows,
-            max_queue_rows=settings.max_queue_rows,
-            batch_wait_s=settings.batch_wait_us * 1e-6,
-        )
-        self._pool = RunPool(max(1, threads // settings.workers))
+        runtime = await asyncio.to_thread(new_runtime, settings)
+        self._pool = new_pool(settings, runtime)
         self.repository = await asyncio.to_thread(
-            repository.load, settings.models, settings.versions, runtime, self._pool, limits
+            repository.load, settings.models, settings.versions, runtime, self._pool, limits_of(settings)
         )
         self._service.open(self.repository, runtime)
+
+
+def new_runtime(settings: Settings) -> Runtime:
+    """Return what loads graphs; DeviceError if the device that was asked for cannot be used."""
+    cuda = CudaOptions(
+        tf32=settings.tf32,
+        nhwc=settings.nhwc,
+        gpu_memory_bytes=settings.gpu_memory_bytes,
+        cuda_graphs=settings.cuda_graphs,
+    )
+    return Runtime(settings.device, cuda)
+
+
+def new_pool(settings: Settings, runtime: Runtime) -> RunPool:
+    """Return the threads of one worker. Call on the event loop."""
+    threads = settings.threads or (settings.workers if runtime.provider == CUDA else available_cores())
+    return RunPool(max(1, threads // settings.workers))
+
+
+def limits_of(settings: Settings) -> Limits:
+    """Return the bounds of the engines."""
+    return Limits(
+        max_rows_per_call=settings.max_rows_per_call,
+        max_message_bytes=settings.max_message_bytes,
+        max_batch_rows=settings.max_batch_rows,
+        max_queue_rows=settings.max_queue_rows,
+        batch_wait_s=settings.batch_wait_us * 1e-6,
+    )
 
 
 def _new_tracer() -> CallTracer:

@@ -27,6 +27,10 @@ class BundleError(StartError):
         super().__init__(f"{path}: {problem}")
 
 
+class NoModelsError(StartError):
+    """There is nothing to serve yet."""
+
+
 class DeviceError(StartError):
     """The device asked for cannot run the graphs."""
 

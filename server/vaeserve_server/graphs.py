@@ -14,7 +14,7 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,6 +28,7 @@ from vaeserve_server.errors import DeviceError, GraphLoadError, GraphRunError, N
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 import onnxruntime
+from onnxruntime.capi import build_and_package_info
 
 CPU = "CPUExecutionProvider"
 CUDA = "CUDAExecutionProvider"
@@ -200,7 +201,7 @@ class Runtime:
         if requested_device == "cpu":
             return
         has_cuda = CUDA in onnxruntime.get_available_providers()
-        problem = _cuda_problem() if has_cuda else f"ONNX Runtime is installed without {CUDA}"
+        problem = problem_of(CUDA) if has_cuda else f"ONNX Runtime is installed without {CUDA}"
         if not problem:
             self.provider = CUDA
         elif requested_device == "cuda":
@@ -226,8 +227,30 @@ class Runtime:
         return BoundGraph(session, max_rows, device="cuda", new_host_array=new_host_array, capture=capture)
 
 
+class Build(NamedTuple):
+    """What ONNX Runtime is installed: `cuda_version` is the one it is built for, '' if for none."""
+
+    cuda_version: str
+    providers: list[str]
+
+
+def installed() -> Build:
+    """Return what was built into ONNX Runtime, which is not yet what works."""
+    return Build(getattr(build_and_package_info, "cuda_version", ""), onnxruntime.get_available_providers())
+
+
+def problem_of(provider: str) -> str:
+    """Return why CPU or CUDA cannot be used, '' if it can: nothing less than a run on it proves that."""
+    if provider == CUDA:
+        return _cuda_problem()
+    try:
+        Graph(_session(_PROBE, provider, CudaOptions()), 1).run(np.zeros(1, np.float32))
+    except (GraphLoadError, GraphRunError) as error:
+        return _one_line(error)
+    return ""
+
+
 def _cuda_problem() -> str:
-    """Return why CUDA cannot be used, '' if it can: nothing less than a run on it proves that."""
     try:
         pinned.driver()
     except OSError:

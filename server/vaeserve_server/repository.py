@@ -8,7 +8,14 @@ from pathlib import Path
 
 from vaeserve_server.bundle import NAME_PATTERN, VERSION_PATTERN, read_bundle
 from vaeserve_server.engine import Engine, Limits
-from vaeserve_server.errors import DigestMismatchError, InvalidInputError, NotFoundError, StartError, shown
+from vaeserve_server.errors import (
+    DigestMismatchError,
+    InvalidInputError,
+    NoModelsError,
+    NotFoundError,
+    StartError,
+    shown,
+)
 from vaeserve_server.executor import RunPool
 from vaeserve_server.graphs import Runtime
 
@@ -91,7 +98,7 @@ def load(models_dir: Path, versions: int, runtime: Runtime, pool: RunPool, limit
 def _published(models_dir: Path) -> dict[str, list[str]]:
     """Return the versions of each model, newest first. What is not named like one is logged and left alone."""
     if not models_dir.is_dir():
-        raise StartError(f"models folder {models_dir} does not exist; {_HOW_TO_PUBLISH}")
+        raise NoModelsError(f"models folder {models_dir} does not exist; {_HOW_TO_PUBLISH}")
     published = {}
     try:
         for name in _folders(models_dir, NAME_PATTERN.fullmatch):
@@ -101,7 +108,7 @@ def _published(models_dir: Path) -> dict[str, list[str]]:
     except OSError as error:
         raise StartError(f"models folder {models_dir} cannot be read ({error})") from None
     if not published:
-        raise StartError(f"models folder {models_dir} has no model in it; {_HOW_TO_PUBLISH}")
+        raise NoModelsError(f"models folder {models_dir} has no model in it; {_HOW_TO_PUBLISH}")
     return published
 
 

@@ -23,7 +23,8 @@ Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 class Settings(BaseSettings):
     """Serve variational autoencoders over gRPC.
 
-    Every flag is also an environment variable: --drain-s is VAESERVE_DRAIN_S.
+    Every flag is also an environment variable: --drain-s is VAESERVE_DRAIN_S. `vaeserve-server doctor`, with the same
+    flags, says what is installed, what works here and how fast, and what to do next.
     """
 
     model_config = SettingsConfigDict(
