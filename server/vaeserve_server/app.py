@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from vaeserve_server import repository
 from vaeserve_server.addresses import address
-from vaeserve_server.calls import Calls
+from vaeserve_server.calls import Calls, native_methods
 from vaeserve_server.cores import available_cores
 from vaeserve_server.engine import Limits
 from vaeserve_server.errors import StartError
@@ -22,7 +22,7 @@ from vaeserve_server.health import Health
 from vaeserve_server.metrics import Metrics
 from vaeserve_server.metrics_http import MetricsEndpoint
 from vaeserve_server.repository import Repository
-from vaeserve_server.service import SERVICE_NAME, VaeService
+from vaeserve_server.service import VaeService
 from vaeserve_server.settings import Settings
 from vaeserve_server.transport_grpc import GrpcTransport
 
@@ -57,8 +57,8 @@ class Server:
         self.port = 0
         self.reloads = {"ok": 0, "failed": 0}
         self._service = VaeService()
-        self._health = Health([SERVICE_NAME])
-        self._calls = Calls(self._service)
+        self._calls = Calls(native_methods(self._service))
+        self._health = Health(self._calls.services)
         self._tracer: CallTracer | None = None
         self._metrics: MetricsEndpoint | None = None
         if new_transport is None:
@@ -133,7 +133,7 @@ class Server:
     def _watch(self) -> None:
         settings = self.settings
         if settings.metrics:
-            metrics = Metrics(self._service, [method.stats for method in self._calls.methods], self.reloads)
+            metrics = Metrics(self._service, self._calls.stats(), self.reloads)
             self._metrics = MetricsEndpoint(settings.metrics_host, settings.metrics_port, metrics.text)
         if settings.traces:
             self._calls.tracer = self._tracer = _new_tracer()

@@ -12,7 +12,7 @@ import itertools
 import logging
 import math
 import secrets
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -54,12 +54,17 @@ class CallFailedError(Exception):
 
 @dataclass(frozen=True)
 class Method:
-    """One RPC: its name, how its request is parsed, and what answers it."""
+    """One RPC: its service's full name and its own, how its request is parsed, and what answers it.
 
+    One that is refused whatever is sent is not `read`: its request may be a stream, or whatever else.
+    """
+
+    service: str
     name: str
-    parse: Callable[[bytes], Message]
+    parse: Callable[[bytes], Any]
     answer: Callable[[Any, float], Awaitable[Message]]  # each verb takes its own request type
     stats: MethodStats
+    read: bool = True
 
 
 class EndedCall(NamedTuple):
@@ -82,9 +87,11 @@ class Tracer(Protocol):
 
 
 class Calls:
-    """The calls of one service, over all transports. `tracer` is told of each, if there is one."""
+    """The calls of all services, over all transports. `tracer` is told of each, if there is one."""
 
-    def __init__(self, service: VaeService) -> None:
+    def __init__(self, methods: Sequence[Method]) -> None:
+        self.methods = methods
+        self.services = list(dict.fromkeys(method.service for method in methods))
         self.tracer: Tracer | None = None
         self._loop = asyncio.get_running_loop()
         self._id_prefix = secrets.token_hex(5)
@@ -92,13 +99,10 @@ class Calls:
         self._in_flight = 0
         self._idle = asyncio.Event()  # kept only once somebody waits for it
         self._awaited = False
-        self.methods = [
-            _method("Encode", vae_pb2.EncodeRequest.FromString, service.encode),
-            _method("Decode", vae_pb2.DecodeRequest.FromString, service.decode),
-            _method("Sample", vae_pb2.SampleRequest.FromString, service.sample),
-            _method("GetModel", vae_pb2.GetModelRequest.FromString, service.get_model),
-            _method("ListModels", vae_pb2.ListModelsRequest.FromString, service.list_models),
-        ]
+
+    def stats(self) -> list[MethodStats]:
+        """Return what is counted of the methods, which may share one count."""
+        return list(dict.fromkeys(method.stats for method in self.methods))
 
     async def answer(
         self, method: Method, payload: bytes, remaining_s: float | None, read_metadata: ReadMetadata
@@ -135,7 +139,7 @@ class Calls:
             self._in_flight -= 1
             if self._awaited and not self._in_flight:
                 self._idle.set()
-            ended = EndedCall(call_id, SERVICE_NAME, method.name, code, started, self._loop.time(), went)
+            ended = EndedCall(call_id, method.service, method.name, code, started, self._loop.time(), went)
             _count(method.stats, ended)
             if self.tracer is not None:
                 self.tracer.trace(ended, read_metadata)
@@ -162,8 +166,19 @@ class Calls:
         )
 
 
-def _method(name: str, parse: Callable[[bytes], Message], answer: Callable[[Any, float], Awaitable[Message]]) -> Method:
-    return Method(name, parse, answer, MethodStats(name))
+def native_methods(service: VaeService) -> list[Method]:
+    """Return the methods of vaeserve's own contract."""
+    return [
+        _native("Encode", vae_pb2.EncodeRequest.FromString, service.encode),
+        _native("Decode", vae_pb2.DecodeRequest.FromString, service.decode),
+        _native("Sample", vae_pb2.SampleRequest.FromString, service.sample),
+        _native("GetModel", vae_pb2.GetModelRequest.FromString, service.get_model),
+        _native("ListModels", vae_pb2.ListModelsRequest.FromString, service.list_models),
+    ]
+
+
+def _native(name: str, parse: Callable[[bytes], Any], answer: Callable[[Any, float], Awaitable[Message]]) -> Method:
+    return Method(SERVICE_NAME, name, parse, answer, MethodStats(name))
 
 
 def _count(stats: MethodStats, call: EndedCall) -> None:
@@ -185,7 +200,7 @@ def _log_call(call: EndedCall, request_bytes: int) -> None:
     _log.debug("call", extra={"fields": fields})
 
 
-def _parse(method: Method, payload: bytes) -> Message:
+def _parse(method: Method, payload: bytes) -> Any:
     try:
         return method.parse(payload)
     except DecodeError:

@@ -26,7 +26,7 @@ from google.rpc import code_pb2
 from grpc_health.v1 import health_pb2_grpc
 from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc
 
-from vaeserve_server import grpc_wire, health, service, status
+from vaeserve_server import grpc_wire, health, status
 from vaeserve_server.calls import CallFailedError, Calls, Metadata
 
 STREAM_ID_HEADER = "x-vaeserve-stream"
@@ -74,10 +74,10 @@ class EnvoyTransport:
         self._listener = listener
         self._streams: dict[bytes, Stream] = {}
         self._idle = asyncio.Event()
-        self._methods = {f"/{service.SERVICE_NAME}/{method.name}": method for method in calls.methods}
+        self._methods = {f"/{method.service}/{method.name}": method for method in calls.methods}
         standard = _Handlers()
         health_pb2_grpc.add_HealthServicer_to_server(health_service, standard)
-        names = [service.SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME]
+        names = [*calls.services, health.SERVICE_NAME, reflection.SERVICE_NAME]
         reflector = reflection.aio.ReflectionServicer(names)  # type: ignore[attr-defined]  # the stubs lack it
         reflection_pb2_grpc.add_ServerReflectionServicer_to_server(reflector, standard)
         self._standard = standard.by_path
@@ -145,7 +145,7 @@ class EnvoyTransport:
         if method is None:
             await self._answer_standard(scope["path"], stream)
         else:
-            payload = await stream.only_message()
+            payload = await stream.only_message() if method.read else b""
             answer = await self._calls.answer(method, payload, stream.remaining_s(), partial(_sent_metadata, headers))
             await stream.reply(answer.message, answer.metadata)
 

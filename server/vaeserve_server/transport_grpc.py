@@ -10,7 +10,7 @@ import grpc.aio
 from grpc_health.v1 import health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from vaeserve_server import health, service
+from vaeserve_server import health
 from vaeserve_server.addresses import address, check_free
 from vaeserve_server.calls import CallFailedError, Calls, Method
 from vaeserve_server.errors import ListenError
@@ -37,11 +37,12 @@ class GrpcTransport:
                 ("grpc.max_send_message_length", -1),  # the row limit bounds answers
             ]
         )
-        handlers = {method.name: _handler(calls, method) for method in calls.methods}
-        self._server.add_generic_rpc_handlers([grpc.method_handlers_generic_handler(service.SERVICE_NAME, handlers)])
+        for name in calls.services:
+            handlers = {method.name: _handler(calls, method) for method in calls.methods if method.service == name}
+            self._server.add_generic_rpc_handlers([grpc.method_handlers_generic_handler(name, handlers)])
         health_pb2_grpc.add_HealthServicer_to_server(health_service, self._server)
         reflection.enable_server_reflection(
-            [service.SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME], self._server
+            [*calls.services, health.SERVICE_NAME, reflection.SERVICE_NAME], self._server
         )
 
     async def start(self, host: str, port: int) -> int:
@@ -79,4 +80,7 @@ def _handler(calls: Calls, method: Method) -> grpc.RpcMethodHandler[bytes, bytes
             return answer.message
         return await context.abort(_CODES[status.code], status.message, status.metadata)
 
-    return grpc.unary_unary_rpc_method_handler(handle)
+    async def refuse(_unread: object, context: _Context) -> None:
+        await handle(b"", context)
+
+    return grpc.unary_unary_rpc_method_handler(handle) if method.read else grpc.stream_stream_rpc_method_handler(refuse)
