@@ -5,11 +5,12 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 # Extra arguments: make run ARGS="--epochs 2", make serve ARGS="--port 50052", make test ARGS="-k batcher"
 ARGS   ?=
+NODE_EXAMPLE := client/examples/node
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help run serve test test-envoy bench bench-gpu lint format protos protos-released test-protobuf7 test-compose build clean
+.PHONY: help run serve test test-envoy bench bench-gpu lint format protos protos-released test-protobuf7 test-compose node build clean
 
 help: ## Show this list
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 18
@@ -38,6 +39,7 @@ serve: $(VENV)/.user ## Serve ./models on 127.0.0.1:50051
 
 test: $(VENV)/.dev ## Lint, types and the whole test suite
 	@$(MAKE) --no-print-directory lint
+	@! command -v npm >/dev/null || $(MAKE) --no-print-directory node || echo "The Node.js example is not tested." >&2
 	@$(BIN)/python -m pytest $(ARGS)
 
 bench: $(VENV)/.user ## How fast ./models is served, in ratios: runs/bench/results.json (ARGS="--quick" for a smoke)
@@ -77,8 +79,13 @@ test-compose: $(VENV)/.dev ## The containers for real: build, train, serve, call
 	  { echo "make test-compose needs a docker engine (docker info must work) with compose v2" >&2; exit 1; }
 	@VAESERVE_TEST_COMPOSE=1 $(BIN)/python -m pytest tests/deploy/test_compose.py $(ARGS)
 
+node: $(NODE_EXAMPLE)/node_modules/.package-lock.json ## What the Node.js example and its test need, as locked (npm)
+
+$(NODE_EXAMPLE)/node_modules/.package-lock.json: $(NODE_EXAMPLE)/package.json $(NODE_EXAMPLE)/package-lock.json
+	@npm ci --prefix $(NODE_EXAMPLE) --ignore-scripts --no-audit --no-fund
+
 build: $(VENV)/.dev ## Wheel and sdist into dist/
 	@$(BIN)/python -m build --no-isolation
 
 clean: ## Remove environments and caches; models/ and runs/ stay
-	@rm -rf .venv .venv-protobuf7 .mypy_cache .ruff_cache .pytest_cache .hypothesis dist build
+	@rm -rf .venv .venv-protobuf7 .mypy_cache .ruff_cache .pytest_cache .hypothesis dist build $(NODE_EXAMPLE)/node_modules

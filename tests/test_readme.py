@@ -1,14 +1,17 @@
 """README's blocks do what they say. GPU blocks are only parsed: no GPU is here.
 
 A block's info string says what it is: `python` runs against a server, `bash cli` and `bash train` run as they stand,
-`bash make` is what .ci/run or a test here runs.
+`bash make` is what .ci/run or a test here runs, `bash grpcurl` runs in the real one where it is there, else in ours.
 """
 
 from __future__ import annotations
 
+import base64
+import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,7 +23,9 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
+from reflection_client import grpcurl
 from serving import running_server
+from vaeserve import Client
 from vaeserve_server.settings import Settings, from_command_line
 
 ROOT = Path(__file__).parent.parent
@@ -54,7 +59,7 @@ def run(words: list[str], folder: Path, **variables: str) -> None:
 
 
 def test_every_block_is_of_a_kind_that_is_checked() -> None:
-    known = {("python", ""), ("bash", "make"), ("bash", "cli"), ("bash", "train"), ("bash", "gpu"), ("bash", "docker")}
+    known = {("python", "")} | {("bash", kind) for kind in ("make", "cli", "train", "gpu", "docker", "grpcurl")}
     assert {(language, kind) for language, kind, _ in BLOCKS} <= known
 
 
@@ -77,6 +82,26 @@ def test_command_line_blocks_run_as_they_stand(models_dir: Path, tmp_path: Path)
         for words in commands("cli"):
             run([*words, "--target", server.target], tmp_path)
     assert np.load(tmp_path / "copies.npy").shape == (64, 1, 28, 28)
+
+
+@pytest.mark.parametrize("real", [False, True])
+def test_grpcurl_blocks_need_nothing_but_reflection(models_dir: Path, *, real: bool) -> None:
+    if real and shutil.which("grpcurl") is None:
+        pytest.skip("grpcurl is not on the path")
+    with running_server(models_dir) as server, Client(server.target) as client:
+        said = []
+        for words in commands("grpcurl"):
+            assert words[0] == "grpcurl"
+            at_server = [word.replace(TARGET, server.target) for word in words]
+            said.append(subprocess.check_output(at_server, text=True, timeout=60) if real else grpcurl(at_server[1:]))
+        expected = client.sample(1, seed=7, dtype=np.uint8).images
+    services, description, sample, health = said
+    assert {"vaeserve.v1.VaeService", "grpc.health.v1.Health"} <= set(services.split())
+    assert all(name in description for name in ("count", "seed", "temperature", "image_dtype"))
+    images = json.loads(sample)["images"]
+    assert base64.b64decode(images["data"]) == expected.tobytes()
+    assert images["shape"] == ["1", "1", "28", "28"]
+    assert json.loads(health) == {"status": "SERVING"}
 
 
 def test_training_blocks_train_on_a_folder_and_publish(tmp_path: Path, test_images: NDArray[np.uint8]) -> None:
