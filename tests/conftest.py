@@ -64,6 +64,16 @@ def models_dir(checkpoint_dir: Path, tmp_path_factory: pytest.TempPathFactory) -
 
 
 @pytest.fixture(scope="session")
+def float16_models_dir(checkpoint_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with graphs in float16 in the bundle."""
+    from vaeserve_training.export import export
+
+    folder = tmp_path_factory.mktemp("float16")
+    export(checkpoint_dir, folder, name="mnist", version=1, float16=True)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def evaluated_models_dir(checkpoint_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same with its figures on the test images in the card, the latents' statistics among them."""
     from vaeserve_training import checkpoint, data

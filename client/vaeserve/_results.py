@@ -269,7 +269,8 @@ class ModelInfo:
             "likelihood": vae_pb2.Likelihood.Name(card.likelihood).removeprefix("LIKELIHOOD_").lower(),
             "data": f"{card.dataset.name or 'unknown'}, {card.dataset.train_images} training images",
             "provider": f"{self.provider} (asked for: {serving.requested_device})"
-            + (", fell back to the CPU" if serving.fell_back_to_cpu else ""),
+            + (", fell back to the CPU" if serving.fell_back_to_cpu else "")
+            + (", in float16" if serving.precision == vae_pb2.DATA_TYPE_FLOAT16 else ""),
             "rows per call": f"at most {self.max_rows_per_call}",
             "digest": self.digest,
         }

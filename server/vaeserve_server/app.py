@@ -156,7 +156,7 @@ def new_runtime(settings: Settings) -> Runtime:
         gpu_memory_bytes=settings.gpu_memory_bytes,
         cuda_graphs=settings.cuda_graphs,
     )
-    return Runtime(settings.device, cuda)
+    return Runtime(settings.device, cuda, settings.precision)
 
 
 def new_pool(settings: Settings, runtime: Runtime) -> RunPool:

@@ -11,10 +11,10 @@ import hashlib
 import json
 import re
 import stat
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from google.protobuf import json_format
 
@@ -38,6 +38,9 @@ _MAX_CARD_BYTES = 16 * 2**20
 _MAX_GRAPH_BYTES = 2**31 - 1  # protobuf's own limit
 
 
+Precision = Literal["fp32", "fp16"]
+
+
 class Port(NamedTuple):
     """One input or output of a graph. An axis whose length is free is None; `type` is in ONNX Runtime's words."""
 
@@ -56,10 +59,26 @@ class GraphFile:
 
 @dataclass(frozen=True)
 class Bundle:
-    """A verified bundle: the card, and the graphs by role (ENCODER and DECODER, and PRIOR where there is one)."""
+    """A verified bundle: the card, and the graphs by role (ENCODER and DECODER, and PRIOR where there is one).
+
+    `float16_graphs` are ENCODER and DECODER in float16, or empty.
+    """
 
     card: vae_pb2.ModelCard
     graphs: Mapping[int, GraphFile]
+    float16_graphs: Mapping[int, GraphFile]
+
+    def in_precision(self, precision: Precision) -> Bundle:
+        """Return the bundle with the graphs to run, the prior's as it is; BundleError if it has none in `precision`."""
+        if precision == "fp32":
+            return self
+        if not self.float16_graphs:
+            raise BundleError(
+                self.graphs[ENCODER].path.with_name(CARD_FILE),
+                "it names no graphs in fp16; export the model again with `vaeserve-train export --precision fp16`, or "
+                "serve it with --precision fp32",
+            )
+        return replace(self, graphs={**self.graphs, **self.float16_graphs})
 
 
 def read_bundle(models_dir: Path, name: str, version: str) -> Bundle:
@@ -74,7 +93,7 @@ def read_bundle(models_dir: Path, name: str, version: str) -> Bundle:
                 folder / CARD_FILE,
                 f"{field} is {shown(given)} but the folder says {expected!r}; publish the model under its own name",
             )
-    return Bundle(card, {graph.role: _read_graph(folder, graph) for graph in card.graphs})
+    return Bundle(card, _read_graphs(folder, card.graphs), _read_graphs(folder, card.float16_graphs))
 
 
 def check_ports(bundle: Bundle, role: int, inputs: Sequence[Port], outputs: Sequence[Port]) -> None:
@@ -127,15 +146,29 @@ def _card_problems(card: vae_pb2.ModelCard) -> Iterator[str]:
         yield f"image_shape is {tuple(card.image_shape)}; it must be [C, H, W], each at least 1"
     if len(card.latent_shape) not in {1, 3} or min(card.latent_shape) < 1:
         yield f"latent_shape is {tuple(card.latent_shape)}; it must be [D] or [C, h, w], each at least 1"
-    roles = sorted(graph.role for graph in card.graphs)
-    if roles not in ([ENCODER, DECODER], [ENCODER, DECODER, PRIOR]):
-        names = [vae_pb2.GraphRole.Name(role) if role in vae_pb2.GraphRole.values() else str(role) for role in roles]
-        yield f"graphs are {names}; they must be one encoder, one decoder and at most one prior"
-    for graph in card.graphs:
+    if _roles(card.graphs) not in ([ENCODER, DECODER], [ENCODER, DECODER, PRIOR]):
+        yield f"graphs are {_role_names(card.graphs)}; they must be one encoder, one decoder and at most one prior"
+    if _roles(card.float16_graphs) not in ([], [ENCODER, DECODER]):
+        names = _role_names(card.float16_graphs)
+        yield f"float16_graphs are {names}; they must be one encoder and one decoder, or none"
+    for graph in (*card.graphs, *card.float16_graphs):
         if not _FILE_PATTERN.fullmatch(graph.file):
             yield f"graph file {shown(graph.file)} is no plain name that ends in .onnx"
         if not _SHA256_PATTERN.fullmatch(graph.sha256):
             yield f"sha256 of {graph.file} is {shown(graph.sha256)}; it must be 64 lower-case hex digits"
+
+
+def _roles(graphs: Iterable[vae_pb2.Graph]) -> list[int]:
+    return sorted(graph.role for graph in graphs)
+
+
+def _role_names(graphs: Iterable[vae_pb2.Graph]) -> list[str]:
+    known = vae_pb2.GraphRole.values()
+    return [vae_pb2.GraphRole.Name(role) if role in known else str(role) for role in _roles(graphs)]
+
+
+def _read_graphs(folder: Path, graphs: Iterable[vae_pb2.Graph]) -> dict[int, GraphFile]:
+    return {graph.role: _read_graph(folder, graph) for graph in graphs}
 
 
 def _read_graph(folder: Path, graph: vae_pb2.Graph) -> GraphFile:

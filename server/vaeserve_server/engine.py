@@ -54,6 +54,7 @@ class Engine:
 
     def __init__(self, bundle: Bundle, runtime: Runtime, pool: RunPool, limits: Limits) -> None:
         """Load, check and warm the bundle's graphs; BundleError or DeviceError if they cannot serve."""
+        bundle = bundle.in_precision(runtime.precision)
         self.card = bundle.card
         self.label = f"{self.card.name}/{self.card.version}"
         self.image_shape = tuple(self.card.image_shape)

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from vaeserve_server import pinned
 from vaeserve_server.buckets import bucket_for, bucket_sizes
-from vaeserve_server.bundle import Port
+from vaeserve_server.bundle import Port, Precision
 from vaeserve_server.errors import DeviceError, GraphLoadError, GraphRunError, NotServingError
 
 # Version 1.29 and later report to their makers by default and keep a database in the user's cache.
@@ -188,13 +188,20 @@ class _Buffers:
 class Runtime:
     """Loads graphs on one device: `cuda`, `cpu`, or with `auto` the GPU if one can be used and else the CPU.
 
+    `precision` is what encoders and decoders are to compute in, which is a matter of which graphs are loaded.
     `fell_back_to_cpu` is True if `auto` met a GPU build of ONNX Runtime that cannot use a GPU here.
     """
 
-    def __init__(self, requested_device: Literal["auto", "cuda", "cpu"], cuda: CudaOptions | None = None) -> None:
+    def __init__(
+        self,
+        requested_device: Literal["auto", "cuda", "cpu"],
+        cuda: CudaOptions | None = None,
+        precision: Precision = "fp32",
+    ) -> None:
         """Find out what works; DeviceError if `cuda` was asked for and does not."""
         onnxruntime.set_default_logger_severity(_FATAL)  # what fails raises, or is told from get_providers()
         self.requested_device = requested_device
+        self.precision = precision
         self._cuda = cuda or CudaOptions()
         self.provider = CPU
         self.fell_back_to_cpu = False

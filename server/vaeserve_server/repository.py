@@ -88,6 +88,7 @@ def load(models_dir: Path, versions: int, runtime: Runtime, pool: RunPool, limit
                 "model": engine.label,
                 "digest": engine.card.digest,
                 "provider": engine.provider,
+                "precision": runtime.precision,
                 "max_rows_per_call": engine.max_rows_per_call,
             }
             _log.info("model loaded", extra={"fields": fields})

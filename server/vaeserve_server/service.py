@@ -17,6 +17,7 @@ from vaeserve_server.work import Noise
 SERVICE_NAME = vae_pb2.DESCRIPTOR.services_by_name["VaeService"].full_name
 
 _FLOAT32 = np.dtype(np.float32)
+_PRECISIONS = {"fp32": vae_pb2.DATA_TYPE_FLOAT32, "fp16": vae_pb2.DATA_TYPE_FLOAT16}
 _FITTED_PRIOR = {
     vae_pb2.PRIOR_UNSPECIFIED: False,
     vae_pb2.PRIOR_STANDARD_NORMAL: False,
@@ -120,6 +121,7 @@ def _describe(engine: Engine, runtime: Runtime) -> vae_pb2.GetModelResponse:
         requested_device=runtime.requested_device,
         fell_back_to_cpu=runtime.fell_back_to_cpu,
         max_rows_per_call=engine.max_rows_per_call,
+        precision=_PRECISIONS[runtime.precision],
     )
     return vae_pb2.GetModelResponse(card=engine.card, serving=serving)
 

@@ -10,6 +10,7 @@ from pydantic import Field, ValidationError, model_validator
 from pydantic_core import ErrorDetails
 from pydantic_settings import BaseSettings, CliApp, CliImplicitFlag, SettingsConfigDict
 
+from vaeserve_server.bundle import Precision
 from vaeserve_server.errors import StartError, shown
 from vaeserve_server.logs import LogFormat, LogLevel
 
@@ -44,6 +45,9 @@ class Settings(BaseSettings):
     """Newest versions of each model to serve. The newest answers a request that names none."""
     device: Device = "auto"
     """Where graphs run. cuda refuses to start without a working GPU; auto may fall back to the CPU, and says so."""
+    precision: Precision = "fp32"
+    """What encoders and decoders compute in. fp16 is for GPUs, and for models published with it; the model's card says
+    how exact it is."""
     threads: CountOrAuto = 0
     """Runs of graphs at once, shared out among workers. 0 is the cores that may be used on a CPU, 1 each on a GPU."""
     workers: Count = 1

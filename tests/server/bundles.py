@@ -20,6 +20,7 @@ from vaeserve.v1 import vae_pb2
 
 ENCODER, DECODER, PRIOR = vae_pb2.GRAPH_ROLE_ENCODER, vae_pb2.GRAPH_ROLE_DECODER, vae_pb2.GRAPH_ROLE_PRIOR
 FILES = {ENCODER: "encoder.onnx", DECODER: "decoder.onnx", PRIOR: "prior.onnx"}
+FLOAT16_FILES = {ENCODER: "encoder.fp16.onnx", DECODER: "decoder.fp16.onnx"}
 DIGEST = "d" * 64
 SLOW_TURNS = 50_000_000  # a minute, so a pixel of 0.01 is about half a second
 FACES_IMAGE, FACES_LATENT = (3, 8, 8), (2, 4, 4)  # colour, and a spatial latent
@@ -35,8 +36,12 @@ def write_bundle(
     digest: str = DIGEST,
     prior: bool = False,
     graphs: Mapping[int, onnx.ModelProto] | None = None,
+    float16_graphs: Mapping[int, onnx.ModelProto] | None = None,
 ) -> Path:
-    """Publish models_dir/name/version and return it. `graphs` replaces some of the graphs made here, by role."""
+    """Publish models_dir/name/version and return it. `graphs` replaces some of the graphs made here, by role.
+
+    `float16_graphs` are published as those in float16, whatever they compute in.
+    """
     folder = models_dir / name / version
     folder.mkdir(parents=True)
     models = {
@@ -55,10 +60,12 @@ def write_bundle(
         likelihood=vae_pb2.LIKELIHOOD_BERNOULLI,
         beta=1.0,
     )
-    for role, model in models.items():
-        data = model.SerializeToString()
-        (folder / FILES[role]).write_bytes(data)
-        card.graphs.add(role=role, file=FILES[role], sha256=hashlib.sha256(data).hexdigest(), opset=18)
+    float16 = float16_graphs or {}
+    for made, files, described in ((models, FILES, card.graphs), (float16, FLOAT16_FILES, card.float16_graphs)):
+        for role, model in made.items():
+            data = model.SerializeToString()
+            (folder / files[role]).write_bytes(data)
+            described.add(role=role, file=files[role], sha256=hashlib.sha256(data).hexdigest(), opset=18)
     write_card(folder, card)
     return folder
 

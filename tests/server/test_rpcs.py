@@ -177,7 +177,11 @@ def test_models_are_listed_by_name_and_then_newest_first(stub: Stub, several_mod
     ]
     assert models[0].card == read_card(several_models / "faces/9")
     assert models[0].serving == pb.Serving(
-        provider="CPUExecutionProvider", requested_device="cpu", fell_back_to_cpu=False, max_rows_per_call=100
+        provider="CPUExecutionProvider",
+        requested_device="cpu",
+        fell_back_to_cpu=False,
+        max_rows_per_call=100,
+        precision=pb.DATA_TYPE_FLOAT32,
     )
 
 

@@ -39,7 +39,7 @@ EXPORT_IN_ANOTHER_PROCESS = """
 import sys
 from pathlib import Path
 from vaeserve_training.export import export
-export(Path(sys.argv[1]), Path(sys.argv[2]), name="mnist")
+export(Path(sys.argv[1]), Path(sys.argv[2]), name="mnist", float16=True)
 """
 
 
@@ -234,13 +234,17 @@ def test_no_path_and_no_trace_of_the_machine_is_in_the_bytes(file: str, bundle_d
 # The same each time
 
 
-def test_another_process_exports_the_same_bytes(checkpoint_dir: Path, bundle_dir: Path, tmp_path: Path) -> None:
+def test_another_process_exports_the_same_bytes(
+    checkpoint_dir: Path, bundle_dir: Path, float16_models_dir: Path, tmp_path: Path
+) -> None:
     command = [sys.executable, "-c", EXPORT_IN_ANOTHER_PROCESS, checkpoint_dir, tmp_path]
     hash_seed = "1" if os.environ.get("PYTHONHASHSEED") != "1" else "2"
     subprocess.run(command, env=os.environ | {"PYTHONHASHSEED": hash_seed}, timeout=150, check=True)
     assert bundle.read_card(tmp_path / "mnist" / "1").digest == bundle.read_card(bundle_dir).digest
     for file in GRAPH_FILES:
         assert (tmp_path / "mnist" / "1" / file).read_bytes() == (bundle_dir / file).read_bytes()
+    for file in (bundle.ENCODER_FLOAT16_FILE, bundle.DECODER_FLOAT16_FILE):
+        assert (tmp_path / "mnist" / "1" / file).read_bytes() == (float16_models_dir / "mnist/1" / file).read_bytes()
 
 
 TELEMETRY_AT_IMPORT = """

@@ -22,6 +22,8 @@ from vaeserve_training import atomic
 ENCODER_FILE = "encoder.onnx"
 DECODER_FILE = "decoder.onnx"
 PRIOR_FILE = "prior.onnx"
+ENCODER_FLOAT16_FILE = "encoder.fp16.onnx"
+DECODER_FLOAT16_FILE = "decoder.fp16.onnx"
 CARD_FILE = "model.json"
 DIGEST_KEY = "vaeserve.digest"  # in the metadata of each graph
 SCHEMA_VERSION = 1
@@ -86,11 +88,11 @@ def publish(
 ) -> Path:
     """Publish `models_dir`/`card.name`/`version`, by default the next free one, and return that folder.
 
-    `graphs` are the contents of the files that `card.graphs` names. Sets the card's version and the graphs' SHA-256.
+    `graphs` are the contents of the files that the card names. Sets the card's version and the graphs' SHA-256.
     Raises BundleError if the version exists or the disk refuses; then nothing was published.
     """
     check_name(card.name)
-    for graph in card.graphs:
+    for graph in (*card.graphs, *card.float16_graphs):
         graph.sha256 = hashlib.sha256(graphs[graph.file]).hexdigest()
     if version is not None:
         check_version_is_free(models_dir, card.name, version)

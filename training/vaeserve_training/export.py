@@ -2,8 +2,8 @@
 
     vaeserve-train export --run-dir runs/mnist --models models --name mnist
 
-A prior fitted to the model becomes a third graph. Nothing is published unless every graph passes onnx's full checker
-and the parity gate.
+A prior fitted to the model becomes a third graph, and encoder and decoder may be published in float16 as well. Nothing
+is published unless every graph passes onnx's full checker and the parity gate.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import platform
 from importlib import metadata
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -21,7 +22,7 @@ from vaeserve.v1 import vae_pb2
 from vaeserve_training import bundle, checkpoint, onnx_graphs, parity
 from vaeserve_training.checkpoint import Checkpoint
 from vaeserve_training.data import ImageData, load
-from vaeserve_training.onnx_graphs import DecoderGraph, EncoderGraph, ExportError
+from vaeserve_training.onnx_graphs import DecoderGraph, EncoderGraph, ExportError, HalfPrecision
 from vaeserve_training.prior_fit import FittedPrior
 from vaeserve_training.report import Report
 
@@ -42,12 +43,13 @@ def export(
     evaluation: Report | None = None,
     prior: FittedPrior | None = None,
     data: ImageData | None = None,
+    float16: bool = False,
 ) -> Path:
     """Publish a checkpoint (or a run's newest) as `models_dir`/`name`/`version` and return that folder.
 
     `version` is the next free one if not given; `evaluation` fills the card's held-out figures; `prior` is published
     with the model; `data` spares loading the data set that the model was trained on, whose test images are among the
-    inputs that prove the graphs. Raises
+    inputs that prove the graphs; `float16` adds an encoder and a decoder that compute in float16. Raises
     CheckpointError, DataError, BundleError for a name or version that cannot be used, and ExportError; then nothing was
     published.
     """
@@ -66,41 +68,65 @@ def export(
     if prior is not None and prior.weights_sha256 != model.weights_sha256:
         raise ExportError(f"the prior was fitted to other weights than those of {model.path}; fit it again")
     card = _card(model, name, evaluation, prior)
-    graphs = _graphs(model, data.test, card, prior)
+    graphs = _graphs(model, data.test, card, prior, float16=float16)
     return bundle.publish(models_dir, card, graphs, version=version)
 
 
+class _Part(NamedTuple):
+    """A graph's description and bytes, and the module that it has to equal on these inputs."""
+
+    graph: vae_pb2.Graph
+    content: bytes
+    module: nn.Module
+    inputs: parity.Array
+    tolerance: float = parity.TOLERANCE
+
+
 def _graphs(
-    model: Checkpoint, images: NDArray[np.uint8], card: vae_pb2.ModelCard, prior: FittedPrior | None
+    model: Checkpoint, images: NDArray[np.uint8], card: vae_pb2.ModelCard, prior: FittedPrior | None, *, float16: bool
 ) -> dict[str, bytes]:
     """Return the proven graphs by file name, and describe them in the card."""
-    encoder, decoder = EncoderGraph(model.vae.encoder), DecoderGraph(model.vae.decoder)
+    encoder, decoder = model.vae.encoder, model.vae.decoder
     image_inputs = parity.image_inputs(images)
     with torch.inference_mode():
         means = encoder(torch.from_numpy(image_inputs))[0].numpy()
     latent_inputs = parity.latent_inputs(means)
-    parts: list[tuple[vae_pb2.Graph, bytes, nn.Module, parity.Array]] = [
-        (
-            vae_pb2.Graph(role=vae_pb2.GRAPH_ROLE_ENCODER, file=bundle.ENCODER_FILE, opset=onnx_graphs.OPSET),
-            onnx_graphs.build_encoder(encoder, card.image_shape, card.digest),
-            encoder,
-            image_inputs,
-        ),
-        (
-            vae_pb2.Graph(role=vae_pb2.GRAPH_ROLE_DECODER, file=bundle.DECODER_FILE, opset=onnx_graphs.OPSET),
-            onnx_graphs.build_decoder(decoder, card.latent_shape, card.digest),
-            decoder,
-            latent_inputs,
-        ),
+    parts = [
+        _encoder(bundle.ENCODER_FILE, encoder, encoder, card, image_inputs),
+        _decoder(bundle.DECODER_FILE, decoder, decoder, card, latent_inputs),
     ]
     if prior is not None:
-        graph = vae_pb2.Graph(role=vae_pb2.GRAPH_ROLE_PRIOR, file=bundle.PRIOR_FILE, opset=onnx_graphs.OPSET)
         content = onnx_graphs.build_prior(prior.flow, card.latent_shape, card.digest)
-        parts.append((graph, content, prior.flow, latent_inputs))
-    for graph, content, module, inputs in parts:
-        graph.parity.extend(parity.measure(graph.file, content, module, inputs))
-        card.graphs.append(graph)
-    return {graph.file: content for graph, content, _, _ in parts}
+        parts.append(_Part(_graph(vae_pb2.GRAPH_ROLE_PRIOR, bundle.PRIOR_FILE), content, prior.flow, latent_inputs))
+    halves = []
+    if float16:  # the prior stays as it is: it is small, and its steps undo each other only where they are exact
+        halves = [
+            _encoder(bundle.ENCODER_FLOAT16_FILE, HalfPrecision(encoder), encoder, card, image_inputs),
+            _decoder(bundle.DECODER_FLOAT16_FILE, HalfPrecision(decoder), decoder, card, latent_inputs),
+        ]
+        halves = [part._replace(tolerance=parity.FLOAT16_TOLERANCE) for part in halves]
+    for part in (*parts, *halves):
+        measured = parity.measure(part.graph.file, part.content, part.module, part.inputs, part.tolerance)
+        part.graph.parity.extend(measured)
+    card.graphs.extend(part.graph for part in parts)
+    card.float16_graphs.extend(part.graph for part in halves)
+    return {part.graph.file: part.content for part in (*parts, *halves)}
+
+
+def _encoder(file: str, run: nn.Module, exact: nn.Module, card: vae_pb2.ModelCard, inputs: parity.Array) -> _Part:
+    """Return the graph of `run`, which is to equal `exact`."""
+    content = onnx_graphs.build_encoder(EncoderGraph(run), card.image_shape, card.digest)
+    return _Part(_graph(vae_pb2.GRAPH_ROLE_ENCODER, file), content, EncoderGraph(exact), inputs)
+
+
+def _decoder(file: str, run: nn.Module, exact: nn.Module, card: vae_pb2.ModelCard, inputs: parity.Array) -> _Part:
+    """Return the graph of `run`, which is to equal `exact`."""
+    content = onnx_graphs.build_decoder(DecoderGraph(run), card.latent_shape, card.digest)
+    return _Part(_graph(vae_pb2.GRAPH_ROLE_DECODER, file), content, DecoderGraph(exact), inputs)
+
+
+def _graph(role: vae_pb2.GraphRole, file: str) -> vae_pb2.Graph:
+    return vae_pb2.Graph(role=role, file=file, opset=onnx_graphs.OPSET)
 
 
 def _card(model: Checkpoint, name: str, evaluation: Report | None, prior: FittedPrior | None) -> vae_pb2.ModelCard:

@@ -6,6 +6,7 @@ exporter adds for its own debugging (a stack trace with local paths at every nod
 
 from __future__ import annotations
 
+import copy
 import logging
 import warnings
 from collections.abc import Iterator, Sequence
@@ -61,6 +62,19 @@ class DecoderGraph(nn.Module):
         """Return the decoder's image."""
         image: Tensor = self.decoder(latent)
         return image
+
+
+class HalfPrecision(nn.Module):
+    """A copy of an encoder or a decoder that computes in float16 what it is given, and gives, in float32."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = copy.deepcopy(module).half()
+
+    def forward(self, value: Tensor) -> Tensor | tuple[Tensor, ...]:
+        """Return the module's results for `value`, each in float32."""
+        result: Tensor | tuple[Tensor, ...] = self.module(value.half())
+        return tuple(part.float() for part in result) if isinstance(result, tuple) else result.float()
 
 
 def build_encoder(module: EncoderGraph, image_shape: Sequence[int], digest: str) -> bytes:

@@ -30,8 +30,10 @@ CPU = "CPUExecutionProvider"
 CUDA = "CUDAExecutionProvider"
 BATCH_SIZES = (1, 2, 7, 64)
 ROWS = 448  # a multiple of every batch size
-ABSOLUTE_TOLERANCE = 1e-5
-RELATIVE_TOLERANCE = 1e-5
+TOLERANCE = 1e-5
+# Float16 keeps 11 bits, and a graph rounds at every node: a sound one came to 0.005 at most. What is further away than
+# this is broken rather than rounded; how far it is stands in the card.
+FLOAT16_TOLERANCE = 0.02
 RELATIVE_FLOOR = 1e-3  # relative errors are taken where |torch| is at least this
 EXTREME_LATENT = 1000.0
 _SEED = 0
@@ -83,28 +85,35 @@ def latent_inputs(means: Array) -> Array:
     return _inputs(parts).reshape(ROWS, *means.shape[1:])
 
 
-def measure(file: str, content: bytes, module: nn.Module, inputs: Array) -> list[vae_pb2.Parity]:
+def measure(
+    file: str, content: bytes, module: nn.Module, inputs: Array, tolerance: float = TOLERANCE
+) -> list[vae_pb2.Parity]:
     """Return the measured differences on the CPU, and on CUDA where ONNX Runtime really runs on it.
 
     `inputs` are float32 (ROWS, ...); `module` is on the CPU and takes what the graph takes. Raises ExportError, naming
-    `file` and the worst value, unless |onnx - torch| <= 1e-5 + 1e-5 |torch| everywhere.
+    `file` and the worst value, unless |onnx - torch| <= tolerance * (1 + |torch|) everywhere.
     """
     expected = {size: _run_module(module, inputs, size) for size in BATCH_SIZES}
     sessions = [_session(content, CPU)]
     if _has_cuda():
         sessions += [session for session in [_session(content, CUDA)] if session.get_providers()[0] == CUDA]
-    return [_measure_session(file, session, inputs, expected) for session in sessions]
+    return [_measure_session(file, session, inputs, expected, tolerance) for session in sessions]
 
 
 def _measure_session(
-    file: str, session: onnxruntime.InferenceSession, inputs: Array, expected: dict[int, list[Array]]
+    file: str,
+    session: onnxruntime.InferenceSession,
+    inputs: Array,
+    expected: dict[int, list[Array]],
+    tolerance: float,
 ) -> vae_pb2.Parity:
     names = [output.name for output in session.get_outputs()]
     parity = vae_pb2.Parity(provider=session.get_providers()[0], batch_sizes=BATCH_SIZES)
     found = {size: _run_session(session, inputs, size) for size in BATCH_SIZES}
     for size in BATCH_SIZES:
         for name, onnx, torch_ in zip(names, found[size], expected[size], strict=True):
-            error = _checked_error(f"{file} on {parity.provider}: output {name} at batch size {size}", onnx, torch_)
+            where = f"{file} on {parity.provider}: output {name} at batch size {size}"
+            error = _checked_error(where, onnx, torch_, tolerance)
             large = np.abs(torch_) >= RELATIVE_FLOOR
             relative = (error[large] / np.abs(torch_[large])).max(initial=0.0)
             parity.max_abs_error = max(parity.max_abs_error, float(error.max()))
@@ -114,20 +123,20 @@ def _measure_session(
     return parity
 
 
-def _checked_error(where: str, onnx: Array, torch_: Array) -> NDArray[np.float64]:
+def _checked_error(where: str, onnx: Array, torch_: Array, tolerance: float) -> NDArray[np.float64]:
     """Return |onnx - torch|, or raise ExportError unless all of it is within the gate; NaN and infinity never are."""
     if onnx.shape != torch_.shape:
         raise ExportError(f"{where} has shape {onnx.shape}; PyTorch gives {torch_.shape}")
     finite = np.isfinite(onnx) & np.isfinite(torch_)
     expected = np.where(finite, torch_, 0).astype(np.float64)
     error = np.where(finite, np.abs(np.where(finite, onnx, 0) - expected), np.inf)
-    ratio = error / (ABSOLUTE_TOLERANCE + RELATIVE_TOLERANCE * np.abs(expected))
+    ratio = error / (tolerance * (1 + np.abs(expected)))
     worst = np.unravel_index(np.argmax(ratio), ratio.shape)
     if ratio[worst] <= 1:
         return error
     raise ExportError(
         f"{where} is {onnx[worst]:.9g} where PyTorch gives {torch_[worst]:.9g} (input row {worst[0]}); allowed are "
-        f"{ABSOLUTE_TOLERANCE:g} + {RELATIVE_TOLERANCE:g} * |torch|. Nothing was published"
+        f"{tolerance:g} * (1 + |torch|). Nothing was published"
     )
 
 

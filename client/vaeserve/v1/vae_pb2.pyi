@@ -184,19 +184,21 @@ class ListModelsResponse(_message.Message):
     def __init__(self, models: _Optional[_Iterable[_Union[GetModelResponse, _Mapping]]] = ...) -> None: ...
 
 class Serving(_message.Message):
-    __slots__ = ("provider", "requested_device", "fell_back_to_cpu", "max_rows_per_call")
+    __slots__ = ("provider", "requested_device", "fell_back_to_cpu", "max_rows_per_call", "precision")
     PROVIDER_FIELD_NUMBER: _ClassVar[int]
     REQUESTED_DEVICE_FIELD_NUMBER: _ClassVar[int]
     FELL_BACK_TO_CPU_FIELD_NUMBER: _ClassVar[int]
     MAX_ROWS_PER_CALL_FIELD_NUMBER: _ClassVar[int]
+    PRECISION_FIELD_NUMBER: _ClassVar[int]
     provider: str
     requested_device: str
     fell_back_to_cpu: bool
     max_rows_per_call: int
-    def __init__(self, provider: _Optional[str] = ..., requested_device: _Optional[str] = ..., fell_back_to_cpu: bool = ..., max_rows_per_call: _Optional[int] = ...) -> None: ...
+    precision: DataType
+    def __init__(self, provider: _Optional[str] = ..., requested_device: _Optional[str] = ..., fell_back_to_cpu: bool = ..., max_rows_per_call: _Optional[int] = ..., precision: _Optional[_Union[DataType, str]] = ...) -> None: ...
 
 class ModelCard(_message.Message):
-    __slots__ = ("schema_version", "name", "version", "digest", "image_shape", "latent_shape", "likelihood", "sigma", "beta", "encoder_input", "dataset", "evaluations", "latent_statistics", "graphs", "training_config_json", "tool_versions", "created")
+    __slots__ = ("schema_version", "name", "version", "digest", "image_shape", "latent_shape", "likelihood", "sigma", "beta", "encoder_input", "dataset", "evaluations", "latent_statistics", "graphs", "training_config_json", "tool_versions", "created", "float16_graphs")
     class ToolVersionsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -221,6 +223,7 @@ class ModelCard(_message.Message):
     TRAINING_CONFIG_JSON_FIELD_NUMBER: _ClassVar[int]
     TOOL_VERSIONS_FIELD_NUMBER: _ClassVar[int]
     CREATED_FIELD_NUMBER: _ClassVar[int]
+    FLOAT16_GRAPHS_FIELD_NUMBER: _ClassVar[int]
     schema_version: int
     name: str
     version: str
@@ -238,7 +241,8 @@ class ModelCard(_message.Message):
     training_config_json: str
     tool_versions: _containers.ScalarMap[str, str]
     created: _timestamp_pb2.Timestamp
-    def __init__(self, schema_version: _Optional[int] = ..., name: _Optional[str] = ..., version: _Optional[str] = ..., digest: _Optional[str] = ..., image_shape: _Optional[_Iterable[int]] = ..., latent_shape: _Optional[_Iterable[int]] = ..., likelihood: _Optional[_Union[Likelihood, str]] = ..., sigma: _Optional[float] = ..., beta: _Optional[float] = ..., encoder_input: _Optional[_Union[EncoderInput, str]] = ..., dataset: _Optional[_Union[Dataset, _Mapping]] = ..., evaluations: _Optional[_Iterable[_Union[Evaluation, _Mapping]]] = ..., latent_statistics: _Optional[_Union[LatentStatistics, _Mapping]] = ..., graphs: _Optional[_Iterable[_Union[Graph, _Mapping]]] = ..., training_config_json: _Optional[str] = ..., tool_versions: _Optional[_Mapping[str, str]] = ..., created: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ...) -> None: ...
+    float16_graphs: _containers.RepeatedCompositeFieldContainer[Graph]
+    def __init__(self, schema_version: _Optional[int] = ..., name: _Optional[str] = ..., version: _Optional[str] = ..., digest: _Optional[str] = ..., image_shape: _Optional[_Iterable[int]] = ..., latent_shape: _Optional[_Iterable[int]] = ..., likelihood: _Optional[_Union[Likelihood, str]] = ..., sigma: _Optional[float] = ..., beta: _Optional[float] = ..., encoder_input: _Optional[_Union[EncoderInput, str]] = ..., dataset: _Optional[_Union[Dataset, _Mapping]] = ..., evaluations: _Optional[_Iterable[_Union[Evaluation, _Mapping]]] = ..., latent_statistics: _Optional[_Union[LatentStatistics, _Mapping]] = ..., graphs: _Optional[_Iterable[_Union[Graph, _Mapping]]] = ..., training_config_json: _Optional[str] = ..., tool_versions: _Optional[_Mapping[str, str]] = ..., created: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., float16_graphs: _Optional[_Iterable[_Union[Graph, _Mapping]]] = ...) -> None: ...
 
 class Dataset(_message.Message):
     __slots__ = ("name", "sha256", "train_images", "test_images")

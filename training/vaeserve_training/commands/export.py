@@ -48,6 +48,8 @@ class ExportFlags(Flags):
     """Leave the held-out figures out of the card."""
     prior: bool = True
     """Leave a fitted prior out of the bundle."""
+    precision: Literal["fp32", "fp16"] = "fp32"
+    """fp16 publishes encoder and decoder a second time, computing in float16, for a server with --precision fp16."""
     device: Literal["auto", "cuda", "cpu"] = "auto"
     """Where to evaluate; auto takes CUDA where it works."""
     quiet: bool = False
@@ -66,10 +68,18 @@ def run(arguments: Sequence[str]) -> int:
     prior = prior_fit.load_for(model) if flags.prior else None
     found = _evaluation(model, data, flags, prior) if flags.evaluate else None
     folder = export(
-        model.path, flags.models, name=flags.name, version=flags.version, evaluation=found, prior=prior, data=data
+        model.path,
+        flags.models,
+        name=flags.name,
+        version=flags.version,
+        evaluation=found,
+        prior=prior,
+        data=data,
+        float16=flags.precision == "fp16",
     )
     say(f"published {folder}")
-    for graph in bundle.read_card(folder).graphs:
+    card = bundle.read_card(folder)
+    for graph in (*card.graphs, *card.float16_graphs):
         for parity in graph.parity:
             sizes = ", ".join(map(str, parity.batch_sizes))
             say(
