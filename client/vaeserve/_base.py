@@ -41,7 +41,9 @@ class ClientBase:
         """Set up a client; it connects when it is first used.
 
         Args:
-            target: "host:port", or any gRPC target.
+            target: "host:port", or any gRPC target. "ipv4:10.0.0.1:50051,10.0.0.2:50051" takes its servers in turn, and
+                goes on with the others when one goes away; for a DNS name of several servers that is
+                `channel_options=[("grpc.lb_policy_name", "round_robin")]`.
             model: which model to use where a verb names none: "name", "name/version" or a ModelRef. None is the only
                 model served, in its highest version.
             timeout_s: the deadline of each call, retries included; verbs take their own. A bulk verb makes many calls.

@@ -69,11 +69,14 @@ class ChannelSettings:
             # A call larger than this buffer (256 KiB by default) is silently not retried.
             ("grpc.per_rpc_retry_buffer_size", self.max_message_bytes + 2**20),
             ("grpc.enable_retries", 1),
-            ("grpc.service_config", retry_policy(self.max_attempts)),
+            ("grpc.service_config", service_config(self.max_attempts)),
+            # Over all the addresses that a target names, so that one of several servers may go away at any time.
+            *([("grpc.lb_policy_name", "round_robin")] if _names_several(self.target) else []),
             ("grpc.service_config_disable_resolution", 1),  # ours rules, not one found in DNS
-            # A server that is just starting is found soon after it listens, not up to 20 s later.
+            # A server that is just starting is found soon after it listens, not up to 20 s later: before the attempts of a
+            # call, which take 1.5 s, are used up.
             ("grpc.initial_reconnect_backoff_ms", 100),
-            ("grpc.max_reconnect_backoff_ms", 2000),
+            ("grpc.max_reconnect_backoff_ms", 500),
         ]
         if self.connections > 1:  # channels with equal arguments would share one connection
             options.append(("grpc.use_local_subchannel_pool", 1))
@@ -84,22 +87,24 @@ class ChannelSettings:
         return [*options, *self.options]
 
 
-def retry_policy(max_attempts: int) -> str:
-    """Return the service config (JSON) that makes gRPC itself retry what is safe to retry.
+def service_config(max_attempts: int) -> str:
+    """Return the service config (JSON) that makes gRPC itself retry what is safe to retry, where it is served.
 
     Every call of this service is: its seed is drawn before the first attempt. The server's push-back
-    (`grpc-retry-pushback-ms`) overrides the backoff here, and -1 forbids another attempt.
+    (`grpc-retry-pushback-ms`) overrides the backoff here, and -1 forbids another attempt. CANCELLED is what a server
+    that goes away may say of calls it had not begun; one that this side cancels is over, and never tried again.
     """
-    config: dict[str, Any] = {"name": [{"service": SERVICE}]}  # health is asked to hear how it is, not to get through
+    method: dict[str, Any] = {"name": [{"service": SERVICE}]}  # health is asked to hear how it is, not to get through
     if max_attempts > 1:
-        config["retryPolicy"] = {
+        method["retryPolicy"] = {
             "maxAttempts": max_attempts,
             "initialBackoff": "0.1s",
             "maxBackoff": "2s",
             "backoffMultiplier": 2,
-            "retryableStatusCodes": ["UNAVAILABLE", "RESOURCE_EXHAUSTED"],
+            "retryableStatusCodes": ["UNAVAILABLE", "RESOURCE_EXHAUSTED", "CANCELLED"],
         }
-    return json.dumps({"methodConfig": [config]})
+    # Where servers are taken in turn, one that loads or drains is left out (a single one is asked all the same).
+    return json.dumps({"methodConfig": [method], "healthCheckConfig": {"serviceName": SERVICE}})
 
 
 def call_metadata(token: str | None, extra: Mapping[str, str | bytes] | Sequence[tuple[str, str | bytes]]) -> Metadata:
@@ -114,6 +119,10 @@ def check_timeout(timeout_s: float) -> float:
     if not (timeout_s > 0 and math.isfinite(timeout_s)):
         raise invalid("timeout_s", f"timeout_s is {timeout_s}; give a positive finite number of seconds")
     return timeout_s
+
+
+def _names_several(target: str) -> bool:
+    return target.startswith(("ipv4:", "ipv6:")) and "," in target
 
 
 def _is_loopback(target: str) -> bool:

@@ -49,7 +49,7 @@ class AsyncClient(AsyncioTransport):
         """Set up a client; it connects when it is first used.
 
         Args:
-            target: "host:port", or any gRPC target.
+            target: "host:port", or any gRPC target, of several servers too.
             coalesce: send small calls that tasks make at the same time as one, up to `rows_per_call` rows. Each task
                 has its own answer, error and deadline; many tasks with a row or a few each get several times as much
                 done. Only what draws no noise goes together: encode without latents, and decode.

@@ -44,6 +44,8 @@ _EXPIRED = status.Status(code_pb2.DEADLINE_EXCEEDED, "Deadline Exceeded", ())
 _LAST_BYTES_S = 1.0
 _INLINE_DECOMPRESS_BYTES = 16384
 _READ_BYTES = 65536
+# How the event loop words what pyvoy asks of it: by the name of pyvoy's function, or straight to the future.
+_PYVOY = ("_pyvoy.asgi", "built-in method set_exception of _asyncio.Future")
 
 _log = logging.getLogger(__name__)
 
@@ -322,7 +324,8 @@ class _EndedReader:
 
 def quiet_loop_errors(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
     """Handle the event loop's errors, save pyvoy's complaint that the caller of a cancelled receive() is gone."""
-    if isinstance(context.get("exception"), asyncio.InvalidStateError) and "_pyvoy.asgi" in context["message"]:
+    message = context["message"]
+    if isinstance(context.get("exception"), asyncio.InvalidStateError) and any(map(message.__contains__, _PYVOY)):
         return
     loop.default_exception_handler(context)
 

@@ -156,11 +156,15 @@ def _noise(request: Any, rows: int) -> np.ndarray:
 
 
 class FakeHealth(health_pb2_grpc.HealthServicer):
-    """The standard health service; `statuses` are what Watch says in turn, the last of them what Check says."""
+    """The standard health service; `statuses` are what Watch says in turn, the last of them what Check says.
+
+    A Watch ends after its last status, or when it is no longer `held`.
+    """
 
     def __init__(self) -> None:
         self.statuses = [health_pb2.HealthCheckResponse.SERVING]
         self.watched = threading.Event()
+        self.held: threading.Event | None = None
 
     def Check(self, request, context):  # noqa: N802
         return health_pb2.HealthCheckResponse(status=self.statuses[-1])
@@ -169,6 +173,8 @@ class FakeHealth(health_pb2_grpc.HealthServicer):
         self.watched.set()
         for status in self.statuses:
             yield health_pb2.HealthCheckResponse(status=status)
+        if self.held is not None:
+            self.held.wait(20)
 
 
 class FaultyServer:

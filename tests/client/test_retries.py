@@ -27,7 +27,7 @@ from vaeserve import (
 )
 
 IMAGES = np.zeros((2, *IMAGE_SHAPE), np.uint8)
-UNAVAILABLE, EXHAUSTED = StatusCode.UNAVAILABLE, StatusCode.RESOURCE_EXHAUSTED
+UNAVAILABLE, EXHAUSTED, CANCELLED = StatusCode.UNAVAILABLE, StatusCode.RESOURCE_EXHAUSTED, StatusCode.CANCELLED
 NOBODY = "127.0.0.1:1"
 
 
@@ -45,7 +45,7 @@ def silent_target():
 
 
 @both_clients
-@pytest.mark.parametrize("code", [UNAVAILABLE, EXHAUSTED])
+@pytest.mark.parametrize("code", [UNAVAILABLE, EXHAUSTED, CANCELLED])
 def test_a_refused_call_is_tried_again(server, connect, code):
     server.service.faults = [lambda context: None, refuse(code), refuse(code)]
     with connect(server.target) as client:
@@ -337,3 +337,19 @@ def test_asyncio_tasks_are_cancelled_one_by_one(server):
         asyncio.run(scenario())
     finally:
         release.set()
+
+
+@both_clients
+def test_several_servers_are_taken_in_turn_and_one_that_does_not_serve_is_left_out(server, connect):
+    with faulty_server() as second, faulty_server() as loading:
+        loading.health.statuses = [health_pb2.HealthCheckResponse.NOT_SERVING]
+        loading.health.held = threading.Event()
+        targets = [loading.target, server.target, second.target]
+        try:
+            with connect("ipv4:" + ",".join(targets), rows_per_call=1) as client:
+                client.encode(np.zeros((40, *IMAGE_SHAPE), np.uint8))
+        finally:
+            loading.health.held.set()
+    assert server.service.calls("Encode")
+    assert second.service.calls("Encode")
+    assert not loading.service.asked

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import queue
 import signal
 import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 
 import grpc
@@ -19,8 +17,8 @@ import numpy as np
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-import serving
 from bundles import ENCODER, slow_encoder, write_bundle
+from processes import COMMAND, ENVIRONMENT, server_process
 from serving import running_server
 from vaeserve import tensors
 from vaeserve.v1 import vae_pb2 as pb
@@ -28,9 +26,6 @@ from vaeserve.v1 import vae_pb2_grpc
 
 Stub = vae_pb2_grpc.VaeServiceStub
 IMAGE, LATENT = (1, 4, 4), (3,)
-ENVIRONMENT = {name: value for name, value in os.environ.items() if not name.startswith(("VAESERVE_", "GRPC_"))}
-ENVIRONMENT |= {"VAESERVE_TRANSPORT": serving.default_transport, "VAESERVE_METRICS_PORT": "0"}
-COMMAND = [sys.executable, "-m", "vaeserve_server"]
 
 
 @pytest.fixture(scope="module")
@@ -41,35 +36,6 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_bundle(folder, "quick", **shapes)  # type: ignore[arg-type]
     write_bundle(folder, "slow", graphs={ENCODER: slow_encoder(IMAGE, LATENT)}, **shapes)  # type: ignore[arg-type]
     return folder
-
-
-class Process:
-    """A server process that said it is ready."""
-
-    def __init__(self, popen: subprocess.Popen[str]) -> None:
-        self.popen = popen
-        assert popen.stdout is not None
-        self.ready_line = popen.stdout.readline().rstrip("\n")
-        assert self.ready_line, f"the server did not start: {popen.communicate()[1]}"
-        self.target = self.ready_line.split(" on ")[1].split(" ")[0]
-
-    def signal(self, number: signal.Signals) -> None:
-        self.popen.send_signal(number)
-
-    def end(self) -> tuple[int, str]:
-        """Wait for the exit; return its status and what was logged."""
-        _, log = self.popen.communicate(timeout=30)
-        return self.popen.returncode, log
-
-
-@contextlib.contextmanager
-def server_process(models: Path, *flags: str) -> Iterator[Process]:
-    command = [*COMMAND, "--models", str(models), "--port", "0", "--device", "cpu", *flags]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT) as popen:
-        try:
-            yield Process(popen)
-        finally:
-            popen.kill()
 
 
 def refused(*flags: str, **environment: str) -> tuple[int, str]:
