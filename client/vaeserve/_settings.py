@@ -73,8 +73,8 @@ class ChannelSettings:
             # Over all the addresses that a target names, so that one of several servers may go away at any time.
             *([("grpc.lb_policy_name", "round_robin")] if _names_several(self.target) else []),
             ("grpc.service_config_disable_resolution", 1),  # ours rules, not one found in DNS
-            # A server that is just starting is found soon after it listens, not up to 20 s later: before the attempts of a
-            # call, which take 1.5 s, are used up.
+            # A server that is just starting is found soon after it listens, not up to 20 s later: before the attempts
+            # of a call, which take 1.5 s, are used up.
             ("grpc.initial_reconnect_backoff_ms", 100),
             ("grpc.max_reconnect_backoff_ms", 500),
         ]
