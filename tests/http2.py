@@ -60,6 +60,16 @@ class Connection:
         self.http.send_data(stream, body, end_stream=end)
         self.flush()
 
+    def send_all(self, stream: int, body: bytes) -> None:
+        """Send a body of any length and its end, as fast as the window opens, or until the server has had enough."""
+        while body and stream not in self.ended:
+            window = min(self.http.local_flow_control_window(stream), 16384)
+            if window:
+                part, body = body[:window], body[window:]
+                self.send(stream, part, end=not body)
+            elif not self.read():
+                return
+
     def call(self, path: str, body: bytes, **headers: str) -> str:
         """Make a call; return its grpc-status, or how it ended without one."""
         stream = self.open(path, **headers)

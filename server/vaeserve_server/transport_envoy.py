@@ -21,12 +21,9 @@ from functools import partial
 from typing import Any, NoReturn, Protocol
 
 import grpc
-from google.protobuf.message import DecodeError
 from google.rpc import code_pb2
-from grpc_health.v1 import health_pb2_grpc
-from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc
 
-from vaeserve_server import grpc_wire, health, status
+from vaeserve_server import grpc_wire, health, standard, status
 from vaeserve_server.calls import CallFailedError, Calls, Metadata
 
 STREAM_ID_HEADER = "x-vaeserve-stream"
@@ -42,7 +39,6 @@ _OK = {"type": "http.response.trailers", "headers": [(b"grpc-status", b"0")]}
 _CONTENT_TYPES = {b"application/grpc", b"application/grpc+proto"}
 _EXPIRED = status.Status(code_pb2.DEADLINE_EXCEEDED, "Deadline Exceeded", ())
 _LAST_BYTES_S = 1.0
-_INLINE_DECOMPRESS_BYTES = 16384
 _READ_BYTES = 65536
 # How the event loop words what pyvoy asks of it: by the name of pyvoy's function, or straight to the future.
 _PYVOY = ("_pyvoy.asgi", "built-in method set_exception of _asyncio.Future")
@@ -77,12 +73,7 @@ class EnvoyTransport:
         self._streams: dict[bytes, Stream] = {}
         self._idle = asyncio.Event()
         self._methods = {f"/{method.service}/{method.name}": method for method in calls.methods}
-        standard = _Handlers()
-        health_pb2_grpc.add_HealthServicer_to_server(health_service, standard)
-        names = [*calls.services, health.SERVICE_NAME, reflection.SERVICE_NAME]
-        reflector = reflection.aio.ReflectionServicer(names)  # type: ignore[attr-defined]  # the stubs lack it
-        reflection_pb2_grpc.add_ServerReflectionServicer_to_server(reflector, standard)
-        self._standard = standard.by_path
+        self._standard = standard.handlers(health_service, calls.services)
 
     async def start(self, host: str, port: int) -> int:
         """Return the port once Envoy listens; where it does was settled when Envoy was started."""
@@ -157,10 +148,10 @@ class EnvoyTransport:
         if handler is None:
             raise grpc_wire.WireError(code_pb2.UNIMPLEMENTED, f"Method not found! {path}")
         if handler.request_streaming:
-            requests = (_parsed(handler, payload) async for payload in stream.messages())
+            requests = (standard.parsed(handler, payload) async for payload in stream.messages())
             await stream.reply_all(handler, handler.stream_stream(requests, _CONTEXT))
             return
-        request = _parsed(handler, await stream.only_message())
+        request = standard.parsed(handler, await stream.only_message())
         if handler.response_streaming:
             await stream.reply_all(handler, handler.unary_stream(request, _CONTEXT))
         else:
@@ -276,24 +267,9 @@ class Stream:
     async def _content(self, frame: grpc_wire.Frame) -> bytes:
         if not frame.compressed:
             return frame.data
-        arguments = (frame.data, self.encoding, self._max_message_bytes)
-        if len(frame.data) <= _INLINE_DECOMPRESS_BYTES:
-            return grpc_wire.decompress(*arguments)
-        return await asyncio.to_thread(grpc_wire.decompress, *arguments)
-
-
-class _Handlers:
-    """Stands in for a server where the generated code registers a service's methods."""
-
-    def __init__(self) -> None:
-        self.by_path: dict[str, Any] = {}
-
-    def add_generic_rpc_handlers(self, generic_rpc_handlers: Any) -> None:
-        """Take nothing: the registered handlers are the same ones, by name."""
-
-    def add_registered_method_handlers(self, service_name: str, method_handlers: dict[str, Any]) -> None:
-        """Take the handlers of one service."""
-        self.by_path |= {f"/{service_name}/{name}": handler for name, handler in method_handlers.items()}
+        if self.encoding != b"gzip":
+            raise grpc_wire.WireError(code_pb2.INTERNAL, "a message is compressed but the call names no grpc-encoding")
+        return await grpc_wire.content(frame.data, self._max_message_bytes)
 
 
 class _Context:
@@ -333,15 +309,6 @@ def quiet_loop_errors(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) 
 def _sent_metadata(headers: dict[bytes, bytes]) -> list[tuple[str, str | bytes]]:
     """Return the caller's metadata as grpcio gives it, without that in bytes, which nothing here asks for."""
     return [(key.decode("latin-1"), value.decode("latin-1")) for key, value in headers.items()]
-
-
-def _parsed(handler: Any, payload: bytes) -> Any:
-    try:
-        return handler.request_deserializer(payload)
-    except DecodeError:
-        raise grpc_wire.WireError(
-            code_pb2.INTERNAL, f"the request's {len(payload)} bytes are no such message"
-        ) from None
 
 
 def _status(code: int, message: str) -> status.Status:

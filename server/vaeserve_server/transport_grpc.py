@@ -1,25 +1,30 @@
-"""grpcio's asyncio server in front of the service: the calls, the standard health service, and reflection."""
+"""grpcio's asyncio server in front of the service: the calls, the standard health service, and reflection.
+
+grpcio would unpack a compressed message whole before it looks at the limit, and a megabyte of gzip can be a gigabyte.
+So that is off, and messages are unpacked here, never further than the limit.
+"""
 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
 import grpc
 import grpc.aio
-from grpc_health.v1 import health_pb2_grpc
-from grpc_reflection.v1alpha import reflection
 
-from vaeserve_server import health
+from vaeserve_server import grpc_wire, health, standard
 from vaeserve_server.addresses import address, check_free
 from vaeserve_server.calls import CallFailedError, Calls, Method
 from vaeserve_server.errors import ListenError
 
 _Context = grpc.aio.ServicerContext[Any, Any]
+_Unpack = Callable[[bytes], Awaitable[bytes]]
 _CODES = {code.value[0]: code for code in grpc.StatusCode}
 _LAST_BYTES_S = 1.0
 # grpcio 1.81 crashes if the grace of one stop() ends while another one completes, so the only grace never ends.
 _FOREVER_S = 1e6
+_IDENTITY_AND_GZIP = 0b101  # grpcio's bits; deflate data could not be told from a message
 
 
 class GrpcTransport:
@@ -35,15 +40,18 @@ class GrpcTransport:
                 ("grpc.so_reuseport", int(share_port)),
                 ("grpc.max_receive_message_length", max_message_bytes),
                 ("grpc.max_send_message_length", -1),  # the row limit bounds answers
+                ("grpc.per_message_decompression", 0),
+                ("grpc.compression_enabled_algorithms_bitset", _IDENTITY_AND_GZIP),
             ]
         )
-        for name in calls.services:
-            handlers = {method.name: _handler(calls, method) for method in calls.methods if method.service == name}
-            self._server.add_generic_rpc_handlers([grpc.method_handlers_generic_handler(name, handlers)])
-        health_pb2_grpc.add_HealthServicer_to_server(health_service, self._server)
-        reflection.enable_server_reflection(
-            [*calls.services, health.SERVICE_NAME, reflection.SERVICE_NAME], self._server
-        )
+
+        async def unpack(payload: bytes) -> bytes:
+            return await grpc_wire.content(payload, max_message_bytes)
+
+        handlers = {f"/{method.service}/{method.name}": _handler(calls, method, unpack) for method in calls.methods}
+        of_standard = standard.handlers(health_service, calls.services)
+        handlers |= {path: _standard(handler, unpack) for path, handler in of_standard.items()}
+        self._server.add_generic_rpc_handlers([_ByPath(handlers)])
 
     async def start(self, host: str, port: int) -> int:
         """Listen, and return the port; ListenError if it cannot be had."""
@@ -69,12 +77,26 @@ class GrpcTransport:
         await self._stopping
 
 
-def _handler(calls: Calls, method: Method) -> grpc.RpcMethodHandler[bytes, bytes]:
+class _ByPath(grpc.GenericRpcHandler):  # type: ignore[type-arg]  # subscriptable in the stubs only
+    """Finds handlers of several services by their path."""
+
+    def __init__(self, handlers: dict[str, Any]) -> None:
+        self._handlers = handlers
+
+    def service(self, handler_call_details: grpc.HandlerCallDetails) -> Any:
+        """Return the handler, None if the path is not one of these."""
+        return self._handlers.get(handler_call_details.method)
+
+
+def _handler(calls: Calls, method: Method, unpack: _Unpack) -> grpc.RpcMethodHandler[bytes, bytes]:
     async def handle(payload: bytes, context: _Context) -> bytes:
         try:
-            answer = await calls.answer(method, payload, context.time_remaining(), context.invocation_metadata)
+            message = await unpack(payload) if grpc_wire.is_gzip(payload) else payload
+            answer = await calls.answer(method, message, context.time_remaining(), context.invocation_metadata)
         except CallFailedError as failure:
             status = failure.status
+        except grpc_wire.WireError as error:
+            return await context.abort(_CODES[error.code], str(error))
         else:
             context.set_trailing_metadata(answer.metadata)
             return answer.message
@@ -84,3 +106,32 @@ def _handler(calls: Calls, method: Method) -> grpc.RpcMethodHandler[bytes, bytes
         await handle(b"", context)
 
     return grpc.unary_unary_rpc_method_handler(handle) if method.read else grpc.stream_stream_rpc_method_handler(refuse)
+
+
+def _standard(handler: Any, unpack: _Unpack) -> Any:
+    """Return the handler of a standard method with its requests unpacked and parsed here, where errors get a status."""
+
+    async def parsed(payload: bytes, context: _Context) -> Any:
+        try:
+            return standard.parsed(handler, await unpack(payload))
+        except grpc_wire.WireError as error:
+            return await context.abort(_CODES[error.code], str(error))
+
+    async def unary_unary(payload: bytes, context: _Context) -> Any:
+        return await handler.unary_unary(await parsed(payload, context), context)
+
+    async def unary_stream(payload: bytes, context: _Context) -> AsyncIterator[Any]:
+        async for response in handler.unary_stream(await parsed(payload, context), context):
+            yield response
+
+    async def stream_stream(payloads: AsyncIterator[bytes], context: _Context) -> AsyncIterator[Any]:
+        requests = (await parsed(payload, context) async for payload in payloads)
+        async for response in handler.stream_stream(requests, context):
+            yield response
+
+    serialize = {"response_serializer": handler.response_serializer}
+    if handler.request_streaming:
+        return grpc.stream_stream_rpc_method_handler(stream_stream, **serialize)
+    if handler.response_streaming:
+        return grpc.unary_stream_rpc_method_handler(unary_stream, **serialize)
+    return grpc.unary_unary_rpc_method_handler(unary_unary, **serialize)

@@ -1,0 +1,70 @@
+"""Messages that would be large if they were believed: refused before they cost memory, on both transports."""
+
+from __future__ import annotations
+
+import importlib.util
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import grpc
+import pytest
+
+from http2 import Connection, frame
+from served import Served
+
+LIST_MODELS = "/vaeserve.v1.VaeService/ListModels"
+HEALTH = "/grpc.health.v1.Health/Check"
+EXHAUSTED = str(grpc.StatusCode.RESOURCE_EXHAUSTED.value[0])
+LIMIT_MIB = 32  # the default of --max-message-bytes
+GIB = 2**30
+
+pytestmark = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")
+
+
+def has_envoy() -> bool:
+    return importlib.util.find_spec("pyvoy") is not None
+
+
+@pytest.fixture(scope="module", params=["grpc", "envoy"])
+def served(request: pytest.FixtureRequest, several_models: Path) -> Iterator[Served]:
+    if request.param == "envoy" and not has_envoy():
+        pytest.skip("pyvoy is not installed")
+    with Served(several_models, request.param, threads=1) as running:
+        with Connection(running.target) as connection:  # a message of the limit, so that its buffers are there
+            stream = connection.open(LIST_MODELS, grpc_encoding="gzip")
+            connection.send_all(stream, frame(zeros(LIMIT_MIB * 2**20), 1))
+            connection.outcome(stream)
+        yield running
+
+
+def zeros(count: int) -> bytes:
+    """Return gzip data that unpacks to `count` zeros, all but its checksum."""
+    packer = zlib.compressobj(9, zlib.DEFLATED, 16 + zlib.MAX_WBITS)
+    start = packer.compress(b"") + packer.flush(zlib.Z_FULL_FLUSH)
+    block = packer.compress(bytes(2**20)) + packer.flush(zlib.Z_FULL_FLUSH)  # depends on nothing before it
+    return start + block * (count // 2**20)
+
+
+@pytest.mark.parametrize("path", [LIST_MODELS, HEALTH])
+def test_a_gibibyte_of_zeros_in_a_megabyte_of_gzip_is_not_unpacked(served: Served, path: str) -> None:
+    before = served.peak_mib()
+    bomb = frame(zeros(GIB), 1)
+    assert len(bomb) < 2 * 2**20
+    with Connection(served.target) as connection:
+        for _ in range(3):
+            stream = connection.open(path, grpc_encoding="gzip")
+            connection.send_all(stream, bomb)
+            assert connection.outcome(stream) == EXHAUSTED
+            assert connection.call(LIST_MODELS, frame(b"")) == "0"
+    assert served.peak_mib() - before < 3 * LIMIT_MIB
+
+
+@pytest.mark.parametrize("length", [2**31 - 1, 2**31, 2**32 - 1])
+def test_a_claim_of_gibibytes_is_not_believed(served: Served, length: int) -> None:
+    before = served.peak_mib()
+    with Connection(served.target) as connection, Connection(served.target) as other:
+        for _ in range(50):
+            connection.send(connection.open(LIST_MODELS), frame(b"a few bytes of it", length=length), end=False)
+        assert other.call(LIST_MODELS, frame(b"")) == "0"
+    assert served.peak_mib() - before < LIMIT_MIB
