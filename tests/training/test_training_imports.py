@@ -43,6 +43,13 @@ def test_neither_server_nor_sdk_imports_training(package: str) -> None:
     assert [name for name in found if name.partition(".")[0] in {"vaeserve_training", "torch", "onnx"}] == []
 
 
+def test_training_loads_no_tensorboard_unless_it_is_asked_for() -> None:
+    program = "import sys, vaeserve_training.commands.fit\nprint(*sys.modules)"
+    loaded = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=120)
+    assert "vaeserve_training.board" in loaded.stdout.split()
+    assert "tensorboard" not in loaded.stdout.split()
+
+
 def test_exporting_loads_no_grpc() -> None:
     program = "import sys, vaeserve_training.export\nprint(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=120)

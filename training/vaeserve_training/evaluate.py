@@ -123,10 +123,10 @@ def bound(
     N(0, I) if not given; under another one the rate is a sample.
     """
     parts = []
-    with _evaluating(vae) as device:
+    with evaluating(vae) as device:
         for start in range(0, len(pixels), batch_size):
             batch = as_tensor(pixels[start : start + batch_size])
-            observation = _observe(batch, likelihood, seed, start, device, grey_input=grey_input)
+            observation = observe(batch, likelihood, seed, start, device, grey_input=grey_input)
             noise = image_noise(seed, Stream.POSTERIOR, start, start + len(batch), (vae.latent_size,))
             terms = objectives.terms(vae, observation, noise.to(device), likelihood, prior)
             parts.append([tensor.cpu().double() for tensor in (terms.distortion, terms.rate, *terms.posterior)])
@@ -155,10 +155,10 @@ def iw_nll(
     if likelihood == "mse":
         raise EvaluationError("mse is no normalised likelihood, so there is no NLL; train with bernoulli or gaussian")
     results = []
-    with _evaluating(vae) as device:
+    with evaluating(vae) as device:
         for start in range(0, len(pixels), BLOCK_IMAGES):
             batch = as_tensor(pixels[start : start + BLOCK_IMAGES])
-            observation = _observe(batch, likelihood, seed, start, device)
+            observation = observe(batch, likelihood, seed, start, device)
             posterior = objectives.encode(vae, observation.encoder_input)
             log_sum = torch.full((len(batch),), -math.inf, device=device, dtype=torch.float64)
             block = (seed, Stream.IMPORTANCE, start // BLOCK_IMAGES)
@@ -177,15 +177,25 @@ def iw_nll(
 def optimal_sigma(vae: Vae, pixels: NDArray[np.uint8], *, seed: int = 0, batch_size: int = DEFAULT_BATCH_SIZE) -> float:
     """Return the sigma of a Gaussian likelihood under which these images are likeliest, z drawn from q(z|x)."""
     squares = 0.0
-    with _evaluating(vae) as device:
+    with evaluating(vae) as device:
         for start in range(0, len(pixels), batch_size):
             batch = as_tensor(pixels[start : start + batch_size])
-            observation = _observe(batch, "gaussian", seed, start, device)
+            observation = observe(batch, "gaussian", seed, start, device)
             noise = image_noise(seed, Stream.POSTERIOR, start, start + len(batch), (vae.latent_size,)).to(device)
             latent = objectives.reparameterize(*objectives.encode(vae, observation.encoder_input), noise)
             errors = objectives.mean_squared_error(vae.decoder(latent).float(), observation.target)
             squares += float(errors.double().sum())
     return max(math.sqrt(squares / len(pixels)), objectives.MIN_SIGMA)
+
+
+def reconstruct(
+    vae: Vae, pixels: NDArray[np.uint8], likelihood: LikelihoodName, *, seed: int = 0
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Return what the encoder is fed of a few uint8 images (N, C, H, W), and what is decoded of its mean, both 0..1."""
+    with evaluating(vae) as device:
+        seen = observe(as_tensor(pixels), likelihood, seed, 0, device).encoder_input
+        decoded = vae.decoder(objectives.encode(vae, seen).mean).float()
+    return seen.cpu().numpy(), decoded.cpu().numpy()
 
 
 def latent_statistics(terms: Bound) -> vae_pb2.LatentStatistics:
@@ -241,7 +251,7 @@ def _protocol(data: ImageData, judged: int, likelihood: LikelihoodName, seed: in
     )
 
 
-def _observe(
+def observe(
     pixels: Tensor,
     likelihood: LikelihoodName,
     seed: int,
@@ -274,7 +284,7 @@ def _importance_noise(
 
 
 @contextmanager
-def _evaluating(vae: Vae) -> Iterator[torch.device]:
+def evaluating(vae: Vae) -> Iterator[torch.device]:
     """Put the model in evaluation mode without gradients; give the device it is on.
 
     float32 is float32 here: cuDNN's convolutions would otherwise round to TF32.

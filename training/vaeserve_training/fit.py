@@ -19,6 +19,7 @@ from pathlib import Path
 from types import FrameType
 
 from vaeserve_training import checkpoint, metrics
+from vaeserve_training.board import Board, require
 from vaeserve_training.compute import cpu_threads
 from vaeserve_training.config import TrainConfig, differences
 from vaeserve_training.data import ImageData, load
@@ -42,14 +43,18 @@ def fit(
     *,
     resume: bool = False,
     show_progress: bool = False,
+    tensorboard: bool = False,
     data: ImageData | None = None,
 ) -> Path:
     """Train to the end and return the last checkpoint's folder; with `resume`, go on from the newest one.
 
-    `data` spares loading what `config.data` describes. Resuming a finished run returns at once. Raises FitError if the
-    folder holds a run already (without `resume`) or another run's (with it), DivergedError, DataError, ConfigError,
-    CheckpointError, InterruptedTrainingError.
+    `tensorboard` writes event files as well, into the run's folder `tensorboard`. `data` spares loading what
+    `config.data` describes. Resuming a finished run returns at once. Raises FitError if the folder holds a run already
+    (without `resume`) or another run's (with it), DivergedError, DataError, ConfigError, CheckpointError, BoardError,
+    InterruptedTrainingError.
     """
+    if tensorboard:
+        require()
     newest = checkpoint.latest(run_dir)
     header = None if newest is None else checkpoint.read_header(newest)
     if header is not None:
@@ -59,11 +64,13 @@ def fit(
             )
         _check_same_config(header, config)
         if header.progress.epoch == config.optimiser.epochs:
-            return header.path
+            with _board(run_dir, wanted=tensorboard):  # gets what it lacks
+                return header.path
     with cpu_threads(config.run.threads):
         trainer = Trainer(config, run_dir, data or load(config.data))
         trainer.start(header)
-        _run(trainer, show_progress=show_progress)
+        with _board(run_dir, wanted=tensorboard) as trainer.board:
+            _run(trainer, show_progress=show_progress)
     return checkpoint.resolve(run_dir)
 
 
@@ -103,6 +110,18 @@ def _check_same_config(header: checkpoint.Header, config: TrainConfig) -> None:
             f"{header.path} was made under another configuration, which differs in {', '.join(fields)}{hint}; "
             "resume with the same values, or choose another run folder"
         )
+
+
+@contextmanager
+def _board(run_dir: Path, *, wanted: bool) -> Iterator[Board | None]:
+    if not wanted:
+        yield None
+        return
+    board = Board(run_dir)
+    try:
+        yield board
+    finally:
+        board.close()
 
 
 @contextmanager

@@ -26,6 +26,7 @@ class Stream(IntEnum):
     POSTERIOR = 4
     IMPORTANCE = 5
     PRIOR = 6
+    PICTURES = 7
 
 
 def seed_of(*key: int) -> int:

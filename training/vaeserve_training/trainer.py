@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from vaeserve_training import atomic, checkpoint, metrics, objectives
+from vaeserve_training.board import PICTURES, Board
 from vaeserve_training.checkpoint import DatasetInfo, Progress
 from vaeserve_training.compute import autocast, choose_device, describe_environment, place
 from vaeserve_training.config import TrainConfig
@@ -45,6 +46,7 @@ class Trainer:
 
     def __init__(self, config: TrainConfig, run_dir: Path, data: ImageData) -> None:
         self.config = config
+        self.board: Board | None = None
         self.run_dir = run_dir
         self.data = data
         self.device = choose_device(config.run.device)
@@ -148,9 +150,20 @@ class Trainer:
         self._require_finite(*record.values())
         # The record first: see metrics.py.
         metrics.append(self.run_dir / metrics.FILE, record)
+        self._add_to_board(record)
         self.totals.zero_()
         self.save()
         return record
+
+    def _add_to_board(self, record: metrics.Record) -> None:
+        if self.board is None:
+            return
+        epoch, epochs = self.progress.epoch, self.config.optimiser.epochs
+        if epoch % math.ceil(epochs / PICTURES) == 0 or epoch == epochs:
+            pixels = self.data.test if len(self.data.test) else self.data.train
+            likelihood, seed = self.config.objective.likelihood, self.config.run.seed
+            self.board.draw(self.averaged, pixels, likelihood, seed, self.progress.step)
+        self.board.add(record)
 
     def save(self) -> None:
         """Publish a checkpoint of this moment, unless there is one."""

@@ -12,6 +12,7 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from vaeserve_training import checkpoint
+from vaeserve_training.board import BoardError
 from vaeserve_training.checkpoint import CheckpointError
 from vaeserve_training.commands.flags import Flags, log_to_stderr, parse, say, with_hyphens
 from vaeserve_training.config import (
@@ -29,7 +30,7 @@ from vaeserve_training.fit import fit
 from vaeserve_training.sources import DataError
 from vaeserve_training.trainer import FitError
 
-USER_ERRORS = (ConfigError, DataError, FitError, CheckpointError, OSError)
+USER_ERRORS = (ConfigError, DataError, FitError, CheckpointError, BoardError, OSError)
 
 
 class FitFlags(Flags):
@@ -46,6 +47,8 @@ class FitFlags(Flags):
     """JSON file with any part of the configuration, e.g. another run's config.json."""
     resume: bool = False
     """Go on from the run's newest checkpoint, if it has one; a finished run is left as it is."""
+    tensorboard: bool = False
+    """Write TensorBoard's event files as well: curves, reconstructions and samples, in RUN_DIR/tensorboard."""
     quiet: bool = False
     """Show warnings only."""
     data: DataConfig = DataConfig()
@@ -63,17 +66,26 @@ def run(arguments: Sequence[str]) -> int:
     log_to_stderr(quiet=flags.quiet)
     folder = shlex.quote(str(flags.run_dir))
     try:
-        newest = fit(config, flags.run_dir, resume=flags.resume, show_progress=not flags.quiet)
+        newest = fit(
+            config,
+            flags.run_dir,
+            resume=flags.resume,
+            show_progress=not flags.quiet,
+            tensorboard=flags.tensorboard,
+        )
     except KeyboardInterrupt:
         kept = checkpoint.latest(flags.run_dir)
         started = (flags.run_dir / checkpoint.CONFIG).is_file()
-        again = ["--run-dir", str(flags.run_dir), "--resume"] if started else arguments
+        board = ["--tensorboard"] if flags.tensorboard else []
+        again = ["--run-dir", str(flags.run_dir), "--resume", *board] if started else arguments
         say(f"interrupted; {'no checkpoint was made yet' if kept is None else f'saved {kept}'}. To go on:")
         say(f"  {shlex.join(['vaeserve-train', 'fit', *again])}")
         return 130
     say(f"trained: {newest}. Next:")
     say(f"  vaeserve-train evaluate --run-dir {folder}")
     say(f"  vaeserve-train export --run-dir {folder} --name {shlex.quote(config.data.dataset)}")
+    if flags.tensorboard:
+        say(f"  tensorboard --logdir {folder}")
     return 0
 
 
