@@ -34,7 +34,7 @@ async def app(
     if scope.get("path") != PROBE:
         await served(scope, receive, send)
         return
-    repository, pool = served.server.repository, served.server._pool
+    repository, pool = served.server.models.repository, served.server.models.pool
     assert repository is not None
     assert pool is not None
     state = {

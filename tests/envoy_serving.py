@@ -88,4 +88,5 @@ def _view(channel: grpc.Channel) -> Any:
     state = json.loads(channel.unary_unary(PROBE)(b"", timeout=_LIMIT_S))
     engines = [SimpleNamespace(queued_rows=lambda rows=rows: rows) for rows in state["queued_rows"]]
     pool = SimpleNamespace(threads=state["threads"], _free=state["free_threads"])
-    return SimpleNamespace(repository=SimpleNamespace(engines=engines), _pool=pool, streams=state["streams"])
+    models = SimpleNamespace(repository=SimpleNamespace(engines=engines), pool=pool)
+    return SimpleNamespace(models=models, streams=state["streams"])

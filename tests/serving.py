@@ -65,8 +65,8 @@ class RunningServer:
 
 def queued_rows(server: Server) -> int:
     """Return the rows that wait in all queues of a started server."""
-    assert server.repository is not None
-    return sum(engine.queued_rows() for engine in server.repository.engines)
+    assert server.models.repository is not None
+    return sum(engine.queued_rows() for engine in server.models.repository.engines)
 
 
 @contextlib.contextmanager

@@ -10,18 +10,13 @@ from collections.abc import Callable, Coroutine
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
-from vaeserve_server import repository
 from vaeserve_server.addresses import address
 from vaeserve_server.calls import Calls, native_methods
-from vaeserve_server.cores import available_cores
-from vaeserve_server.engine import Limits
 from vaeserve_server.errors import StartError
-from vaeserve_server.executor import RunPool
-from vaeserve_server.graphs import CUDA, CudaOptions, Runtime
 from vaeserve_server.health import Health
 from vaeserve_server.metrics import Metrics
 from vaeserve_server.metrics_http import MetricsEndpoint
-from vaeserve_server.repository import Repository
+from vaeserve_server.models import Models
 from vaeserve_server.service import VaeService
 from vaeserve_server.settings import Settings
 from vaeserve_server.transport_grpc import GrpcTransport
@@ -48,6 +43,9 @@ class Transport(Protocol):
 NewTransport = Callable[[Calls, Health, int], Transport]
 """Makes a transport for these calls, that health service, and messages of at most so many bytes."""
 
+WatchSignals = Callable[[Callable[[], None], Callable[[], None]], None]
+"""Is given what to call on the event loop at each signal to stop, and at each to look at the models folder."""
+
 
 class Server:
     """One server in the running event loop. `port` is the one listened on, once started."""
@@ -55,7 +53,6 @@ class Server:
     def __init__(self, settings: Settings, new_transport: NewTransport | None = None) -> None:
         self.settings = settings
         self.port = 0
-        self.reloads = {"ok": 0, "failed": 0}
         self._service = VaeService()
         self._calls = Calls(native_methods(self._service))
         self._health = Health(self._calls.services)
@@ -64,8 +61,7 @@ class Server:
         if new_transport is None:
             new_transport = partial(GrpcTransport, share_port=settings.workers > 1)
         self._transport = new_transport(self._calls, self._health, settings.max_message_bytes)
-        self._pool: RunPool | None = None
-        self.repository: Repository | None = None
+        self.models = Models(settings, self._service.open)
         self._hurry = asyncio.Event()
 
     async def start(self) -> None:
@@ -91,19 +87,24 @@ class Server:
     async def stop(self) -> None:
         """Drain: say NOT_SERVING, serve on for the delay, take no more calls, let those in flight finish."""
         self._health.set_serving(False)
+        watch_over = asyncio.create_task(self.models.stop_watching())
         await self._unless_hurried(asyncio.sleep(self.settings.drain_delay_s), None)
         self._service.drain()
         self._transport.refuse()
         await self._unless_hurried(self._calls.wait_idle(), self.settings.drain_s)
-        if self.repository is not None:
-            self.repository.close()
+        self.models.close()
         self._health.close()
         await self._transport.close()
-        if self._pool is not None:
-            await self._pool.close()
+        await watch_over
+        await self.models.end()
         for last in (self._metrics, self._tracer):  # so that they tell of the drain as well
             if last is not None:
                 await asyncio.to_thread(last.close)
+
+    def reload(self) -> None:
+        """Look at the models folder now, and try again what was refused."""
+        _log.info("reload asked for")
+        self.models.reload()
 
     def hurry(self) -> None:
         """Cut a drain short."""
@@ -111,7 +112,7 @@ class Server:
 
     def ready_line(self) -> str:
         """Return what is served where, for people and scripts that wait for it."""
-        engines = self.repository.engines if self.repository else []
+        engines = self.models.repository.engines if self.models.repository else []
         provider = engines[0].provider if engines else ""
         models = ", ".join(engine.label for engine in engines)
         return f"serving {models} on {address(self.settings.host, self.port)} ({provider})"
@@ -133,47 +134,13 @@ class Server:
     def _watch(self) -> None:
         settings = self.settings
         if settings.metrics:
-            metrics = Metrics(self._service, self._calls.stats(), self.reloads)
+            metrics = Metrics(self._service, self._calls.stats(), self.models)
             self._metrics = MetricsEndpoint(settings.metrics_host, settings.metrics_port, metrics.text)
         if settings.traces:
             self._calls.tracer = self._tracer = _new_tracer()
 
     async def _load(self) -> None:
-        settings = self.settings
-        runtime = await asyncio.to_thread(new_runtime, settings)
-        self._pool = new_pool(settings, runtime)
-        self.repository = await asyncio.to_thread(
-            repository.load, settings.models, settings.versions, runtime, self._pool, limits_of(settings)
-        )
-        self._service.open(self.repository, runtime)
-
-
-def new_runtime(settings: Settings) -> Runtime:
-    """Return what loads graphs; DeviceError if the device that was asked for cannot be used."""
-    cuda = CudaOptions(
-        tf32=settings.tf32,
-        nhwc=settings.nhwc,
-        gpu_memory_bytes=settings.gpu_memory_bytes,
-        cuda_graphs=settings.cuda_graphs,
-    )
-    return Runtime(settings.device, cuda, settings.precision)
-
-
-def new_pool(settings: Settings, runtime: Runtime) -> RunPool:
-    """Return the threads of one worker. Call on the event loop."""
-    threads = settings.threads or (settings.workers if runtime.provider == CUDA else available_cores())
-    return RunPool(max(1, threads // settings.workers))
-
-
-def limits_of(settings: Settings) -> Limits:
-    """Return the bounds of the engines."""
-    return Limits(
-        max_rows_per_call=settings.max_rows_per_call,
-        max_message_bytes=settings.max_message_bytes,
-        max_batch_rows=settings.max_batch_rows,
-        max_queue_rows=settings.max_queue_rows,
-        batch_wait_s=settings.batch_wait_us * 1e-6,
-    )
+        await self.models.load()
 
 
 def _new_tracer() -> CallTracer:
@@ -186,8 +153,8 @@ def _new_tracer() -> CallTracer:
     return CallTracer()
 
 
-async def serve(server: Server, watch_signals: Callable[[Callable[[], None]], None]) -> None:
-    """Live the server's life. `watch_signals` is given what to call on the event loop at each signal to stop."""
+async def serve(server: Server, watch_signals: WatchSignals) -> None:
+    """Live the server's life."""
     asked_to_stop = asyncio.Event()
 
     def on_signal() -> None:
@@ -195,7 +162,7 @@ async def serve(server: Server, watch_signals: Callable[[Callable[[], None]], No
             server.hurry()
         asked_to_stop.set()
 
-    watch_signals(on_signal)
+    watch_signals(on_signal, server.reload)
     await server.start()
     sys.stdout.write(server.ready_line() + "\n")
     sys.stdout.flush()
@@ -206,7 +173,9 @@ async def serve(server: Server, watch_signals: Callable[[Callable[[], None]], No
     _log.info("stopped")
 
 
-def watch_signals(on_signal: Callable[[], None]) -> None:
-    """Have `on_signal` called on the running event loop at each SIGTERM and SIGINT."""
+def watch_signals(on_stop: Callable[[], None], on_reload: Callable[[], None]) -> None:
+    """Have `on_stop` called on the running event loop at each SIGTERM and SIGINT, `on_reload` at each SIGHUP."""
+    loop = asyncio.get_running_loop()
     for signal_number in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(signal_number, on_signal)
+        loop.add_signal_handler(signal_number, on_stop)
+    loop.add_signal_handler(signal.SIGHUP, on_reload)

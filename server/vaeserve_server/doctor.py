@@ -118,7 +118,7 @@ def _examine_packages(screen: Screen) -> bool:
 
 def _examine_providers(screen: Screen, settings: Settings) -> Runtime | None:
     """Return what the server would load graphs with, None if it would not start."""
-    from vaeserve_server import app, cores, graphs  # noqa: PLC0415
+    from vaeserve_server import cores, graphs, models  # noqa: PLC0415
     from vaeserve_server.errors import DeviceError  # noqa: PLC0415
 
     build = graphs.installed()
@@ -135,7 +135,7 @@ def _examine_providers(screen: Screen, settings: Settings) -> Runtime | None:
     lines += _gpu_lines(screen, build, works=f"{graphs.CUDA}: works" in lines)
     screen.section("Providers", lines)
     try:
-        return app.new_runtime(settings)
+        return models.new_runtime(settings)
     except DeviceError as error:
         screen.problems.append(str(error))
         return None
@@ -166,14 +166,14 @@ def _gpu_lines(screen: Screen, build: Build, *, works: bool) -> list[str]:
 
 
 async def _examine_models(screen: Screen, settings: Settings, runtime: Runtime) -> None:
-    from vaeserve_server import app, repository  # noqa: PLC0415
+    from vaeserve_server import models  # noqa: PLC0415
     from vaeserve_server.errors import NoModelsError, StartError  # noqa: PLC0415
 
-    pool = app.new_pool(settings, runtime)
+    pool = models.new_pool(settings, runtime)
     try:
-        loaded = await asyncio.to_thread(
-            repository.load, settings.models, settings.versions, runtime, pool, app.limits_of(settings)
-        )
+        loader = models.new_loader(settings, runtime, pool)
+        loaded = await asyncio.to_thread(loader.first)
+        screen.problems += loader.refused.values()
         lines = [f"{engine.label}: sound, digest {engine.card.digest[:12]}" for engine in loaded.engines]
         screen.section(f"Models in {settings.models}", lines)
         for engine in loaded.engines[:_TIMED_MODELS]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -49,6 +49,32 @@ class Limits:
     batch_wait_s: float
 
 
+class InFlight:
+    """Counts calls, each a `with` block around its way through the graphs. All on the event loop."""
+
+    __slots__ = ("_calls", "_then")
+
+    def __init__(self) -> None:
+        self._calls = 0
+        self._then: Callable[[], None] | None = None
+
+    def __enter__(self) -> None:
+        self._calls += 1
+
+    def __exit__(self, *_: object) -> None:
+        self._calls -= 1
+        if self._then is not None:
+            self.when_none(self._then)
+
+    def when_none(self, then: Callable[[], None]) -> None:
+        """Call `then` as soon as no call is on."""
+        if self._calls:
+            self._then = then
+        else:
+            self._then = None
+            then()
+
+
 class Engine:
     """One version of one model. Made off the event loop; its calls belong to the loop of `pool`."""
 
@@ -63,12 +89,14 @@ class Engine:
         batch_rows = limits.max_batch_rows or _BATCH_ROWS.get(runtime.provider, _BATCH_ROWS_CPU)
         self._graphs = graphs = {role: _load(bundle, role, runtime, batch_rows) for role in bundle.graphs}
         self.provider = graphs[ENCODER].provider
+        self.precision = runtime.precision
         for role, graph in graphs.items():
-            warm = partial(_warm, bundle, role, graph)
-            if graph.warm_everywhere:
-                pool.run_in_each(warm)
-            else:
-                warm()
+            for rows in graph.warm_rows:
+                warm = partial(_warm, bundle, role, graph, rows)
+                if graph.warm_everywhere:
+                    pool.run_in_each(warm)  # size by size: other models' runs go between
+                else:
+                    warm()
         self.latent_health = LatentHealth(self.card)
         self._batchers = {
             role: Batcher(
@@ -85,6 +113,7 @@ class Engine:
         self._encoder = self._batchers[ENCODER]
         self._decoder = self._batchers[DECODER]
         self._prior = self._batchers.get(PRIOR)
+        self._in_flight = InFlight()
 
     async def encode(self, images: Array, draw: Noise | None = None, deadline: float = math.inf) -> Outputs:
         """Return (mean, stddev) of the posterior of each image, and mean + stddev * noise where `draw` is given.
@@ -97,7 +126,8 @@ class Engine:
             check_range(images)
         if draw is not None:
             _check_draw(draw, len(images))
-        return await self._encoder.submit(EncodeWork(images, draw, self.latent_shape), deadline)
+        with self._in_flight:
+            return await self._encoder.submit(EncodeWork(images, draw, self.latent_shape), deadline)
 
     async def decode(self, latents: Array, image_dtype: DType, deadline: float = math.inf) -> Array:
         """Return the mean image of each latent, `(N, C, H, W)`.
@@ -108,7 +138,8 @@ class Engine:
         self._check_rows("latents", latents, self.latent_shape, _LATENT_DTYPES)
         if not is_finite(latents):
             raise not_finite("latents", latents)
-        return (await self._decoder.submit(DecodeWork(latents, image_dtype), deadline))[0]
+        with self._in_flight:
+            return (await self._decoder.submit(DecodeWork(latents, image_dtype), deadline))[0]
 
     async def sample(
         self,
@@ -135,14 +166,16 @@ class Engine:
             )
         base = NoiseWork(count, draw, temperature, self.latent_shape, image_dtype)
         if not fitted_prior:
-            images, latents = await self._decoder.submit(base, deadline)
+            with self._in_flight:
+                images, latents = await self._decoder.submit(base, deadline)
             return images, latents
         if self._prior is None:
             raise NoFittedPriorError(
                 f"model {self.label} has no fitted prior; sample from the standard normal", model=self.label
             )
-        (latents,) = await self._prior.submit(PriorWork(count, draw, temperature, self.latent_shape), deadline)
-        (images,) = await self._decoder.submit(DecodeWork(latents, image_dtype, "temperature"), deadline)
+        with self._in_flight:
+            (latents,) = await self._prior.submit(PriorWork(count, draw, temperature, self.latent_shape), deadline)
+            (images,) = await self._decoder.submit(DecodeWork(latents, image_dtype, "temperature"), deadline)
         return images, latents
 
     def queued_rows(self) -> int:
@@ -152,6 +185,16 @@ class Engine:
     def graph_stats(self) -> list[tuple[GraphStats, int]]:
         """Return what each graph's queue has counted, and the rows that wait in it now."""
         return [(batcher.stats, batcher.queued_rows) for batcher in self._batchers.values()]
+
+    def retire(self, unloaded: Callable[[], None]) -> None:
+        """Give the memory back once the calls that are in have ended, and then call `unloaded`. No more may come."""
+
+        def unload() -> None:
+            for graph in self._graphs.values():
+                graph.unload()
+            unloaded()
+
+        self._in_flight.when_none(unload)
 
     def close(self) -> None:
         """Refuse what still waits, and break off what still runs."""
@@ -214,16 +257,14 @@ def _load(bundle: Bundle, role: int, runtime: Runtime, max_rows: int) -> Graph:
     return graph
 
 
-def _warm(bundle: Bundle, role: int, graph: Graph) -> None:
-    """Run what the graph wants to have run, so that no caller pays for a first run, and check what comes back."""
+def _warm(bundle: Bundle, role: int, graph: Graph, rows: int) -> None:
+    """Run the graph on `rows` rows, so that no caller pays for a first run, and check what comes back."""
     path = bundle.graphs[role].path
-    row_shape = graph.inputs[0].shape[1:]
-    for rows in graph.warm_rows:
-        batch = np.zeros((rows, *(axis or 0 for axis in row_shape)), np.float32)
-        try:
-            outputs = graph.run(batch)
-        except GraphRunError as error:
-            raise BundleError(path, f"the graph does not run on {rows} rows ({error})") from None
-        for port, output in zip(graph.outputs, outputs, strict=True):
-            if output.shape != (rows, *port.shape[1:]) or not is_finite(output):
-                raise BundleError(path, f"{port.name} for {rows} rows of zeros is not finite {(rows, *port.shape[1:])}")
+    batch = np.zeros((rows, *(axis or 0 for axis in graph.inputs[0].shape[1:])), np.float32)
+    try:
+        outputs = graph.run(batch)
+    except GraphRunError as error:
+        raise BundleError(path, f"the graph does not run on {rows} rows ({error})") from None
+    for port, output in zip(graph.outputs, outputs, strict=True):
+        if output.shape != (rows, *port.shape[1:]) or not is_finite(output):
+            raise BundleError(path, f"{port.name} for {rows} rows of zeros is not finite {(rows, *port.shape[1:])}")

@@ -28,6 +28,7 @@ from vaeserve_server.transport_envoy import STREAM_ID_HEADER
 APPLICATION = "vaeserve_server.envoy_main:app"
 HANDOVER_VARIABLE = "VAESERVE_ENVOY_HANDOVER"
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+SIGNALS = (*STOP_SIGNALS, signal.SIGHUP)
 
 _TYPES = "type.googleapis.com/envoy.extensions"
 _ADMIN_SOCKET = "admin.sock"
@@ -54,7 +55,7 @@ def execute(settings: Settings) -> NoReturn:
     handover = {"folder": str(folder), "ended_fd": ended_read, "settings": settings.model_dump(mode="json")}
     environment = {**os.environ, **library, HANDOVER_VARIABLE: json.dumps(handover)}
     # Blocked here, blocked in every thread to come: Envoy would end at once, and a thread of ours drains first.
-    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     os.execve(_envoy(), ["vaeserve-server", *_arguments(settings, folder)], environment)
 
 

@@ -82,14 +82,14 @@ class Application:
         os._exit(1)
 
 
-def _watch_signals(on_signal: Callable[[], None]) -> None:
-    """Call back at SIGTERM and SIGINT. They are blocked in every thread, so that one can wait for them."""
+def _watch_signals(on_stop: Callable[[], None], on_reload: Callable[[], None]) -> None:
+    """Call back at SIGTERM, SIGINT and SIGHUP. They are blocked in every thread, so that one can wait for them."""
     loop = asyncio.get_running_loop()
 
     def wait() -> None:
         while True:
-            signal.sigwait(envoy.STOP_SIGNALS)
-            loop.call_soon_threadsafe(on_signal)
+            stops = signal.sigwait(envoy.SIGNALS) in envoy.STOP_SIGNALS
+            loop.call_soon_threadsafe(on_stop if stops else on_reload)
 
     threading.Thread(target=wait, name="signals", daemon=True).start()
 

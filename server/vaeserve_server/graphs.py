@@ -103,6 +103,11 @@ class Graph:
         """End the runs that are on, at their next node, and all later ones: they raise NotServingError."""
         self._run_options.terminate = True
 
+    def unload(self) -> None:
+        """Stop, and give the memory back as soon as no run is on."""
+        self.stop()
+        del self._session
+
     def _run(self, batch: NDArray[np.float32]) -> list[NDArray[np.float32]]:
         outputs: list[NDArray[np.float32]] = self._session.run(
             self._output_names, {self._input_name: batch}, self._run_options
@@ -138,6 +143,11 @@ class BoundGraph(Graph):
         self._new_host_array = new_host_array
         self._capture = capture
         self._of_thread = threading.local()
+
+    def unload(self) -> None:
+        """Stop, and give the memory back as soon as no run is on."""
+        super().unload()
+        self._of_thread = threading.local()  # the buffers of every thread
 
     def _run(self, batch: NDArray[np.float32]) -> list[NDArray[np.float32]]:
         size = bucket_for(len(batch), self._sizes)

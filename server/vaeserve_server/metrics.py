@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib.metadata import version
 from math import inf
+from typing import Protocol
 
 from google.rpc import code_pb2
 from prometheus_client import CollectorRegistry, ProcessCollector, generate_latest
@@ -24,6 +25,7 @@ from prometheus_client.registry import Collector
 from vaeserve.v1 import vae_pb2
 from vaeserve_server.engine import Engine
 from vaeserve_server.latent_health import drift_nats
+from vaeserve_server.models_folder import Key
 from vaeserve_server.service import VaeService
 from vaeserve_server.stats import Histogram, MethodStats
 
@@ -34,13 +36,24 @@ _LATENT = (*_MODEL, "latent")
 _Served = Sequence[tuple[Engine, vae_pb2.Serving]]
 
 
-class Metrics(Collector):
-    """Every figure of one server. `reloads` counts reloads of the models folder by result."""
+class Watch(Protocol):
+    """What the watch over the models folder tells."""
 
-    def __init__(self, service: VaeService, methods: Sequence[MethodStats], reloads: Mapping[str, int]) -> None:
+    @property
+    def reloads(self) -> Mapping[str, int]:
+        """Counts by result: `ok` changed what is served, `failed` refused a version or could not look."""
+
+    def refused(self) -> Iterable[Key]:
+        """Return the versions that lie in the folder now, should be served and are unsound."""
+
+
+class Metrics(Collector):
+    """Every figure of one server."""
+
+    def __init__(self, service: VaeService, methods: Sequence[MethodStats], watch: Watch) -> None:
         self._service = service
         self._methods = methods
-        self._reloads = reloads
+        self._watch = watch
         self._registry = CollectorRegistry()
         self._registry.register(self)
         ProcessCollector(registry=self._registry)
@@ -57,10 +70,7 @@ class Metrics(Collector):
         """Yield every metric with its values of now."""
         yield InfoMetricFamily("vaeserve_build", "Version of vaeserve.", {"version": version("vaeserve")})
         yield from _calls(self._methods)
-        reloads = CounterMetricFamily("vaeserve_reloads", "Reloads of the models folder.", labels=["result"])
-        for result, count in self._reloads.items():
-            reloads.add_metric([result], count)
-        yield reloads
+        yield from _reloads(self._watch)
         served = self._service.served()
         yield from _models(served)
         yield from _graphs(served)
@@ -85,6 +95,20 @@ def _calls(methods: Sequence[MethodStats]) -> Iterator[Metric]:
         expired.add_metric([method.rpc], codes[code_pb2.DEADLINE_EXCEEDED])
         _add(duration, [method.rpc], method.duration_s)
     return iter((calls, refused, cancelled, expired, duration))
+
+
+def _reloads(watch: Watch) -> Iterator[Metric]:
+    reloads = CounterMetricFamily(
+        "vaeserve_reloads",
+        "Changes of the models folder that were taken over (ok), versions refused and looks that failed (failed).",
+        labels=["result"],
+    )
+    for result, count in watch.reloads.items():
+        reloads.add_metric([result], count)
+    refused = GaugeMetricFamily("vaeserve_refused_versions", "1 for what lies there unsound, unserved.", labels=_MODEL)
+    for key in watch.refused():
+        refused.add_metric(list(key), 1)
+    return iter((reloads, refused))
 
 
 def _models(served: _Served) -> Iterator[Metric]:

@@ -35,7 +35,7 @@ class VaeService:
         self._refs: dict[Engine, vae_pb2.ModelRef] = {}
 
     def open(self, repository: Repository, runtime: Runtime) -> None:
-        """Answer calls with the engines of `repository`, from now on."""
+        """Answer calls with the engines of `repository`, from now on; those that are in keep theirs."""
         self._models = {engine: _describe(engine, runtime) for engine in repository.engines}
         self._refs = {
             engine: vae_pb2.ModelRef(name=engine.card.name, version=engine.card.version, digest=engine.card.digest)
@@ -55,16 +55,14 @@ class VaeService:
     async def encode(self, request: vae_pb2.EncodeRequest, deadline: float) -> vae_pb2.EncodeResponse:
         """Images -> posterior mean and standard deviation, and latents where they are wanted."""
         engine = self._engine(request.model)
-        images = _array(request, "images")
+        images, ref = _array(request, "images"), self._refs[engine]
         if not request.want_latents:
             mean, stddev = await engine.encode(images, None, deadline)
-            return vae_pb2.EncodeResponse(
-                model=self._refs[engine], mean=tensors.to_tensor(mean), stddev=tensors.to_tensor(stddev)
-            )
+            return vae_pb2.EncodeResponse(model=ref, mean=tensors.to_tensor(mean), stddev=tensors.to_tensor(stddev))
         draw = _noise(request)
         mean, stddev, latents = await engine.encode(images, draw, deadline)
         return vae_pb2.EncodeResponse(
-            model=self._refs[engine],
+            model=ref,
             mean=tensors.to_tensor(mean),
             stddev=tensors.to_tensor(stddev),
             latents=tensors.to_tensor(latents),
@@ -74,12 +72,14 @@ class VaeService:
     async def decode(self, request: vae_pb2.DecodeRequest, deadline: float) -> vae_pb2.DecodeResponse:
         """Latents -> images."""
         engine = self._engine(request.model)
+        ref = self._refs[engine]
         images = await engine.decode(_array(request, "latents"), _image_dtype(request), deadline)
-        return vae_pb2.DecodeResponse(model=self._refs[engine], images=tensors.to_tensor(images))
+        return vae_pb2.DecodeResponse(model=ref, images=tensors.to_tensor(images))
 
     async def sample(self, request: vae_pb2.SampleRequest, deadline: float) -> vae_pb2.SampleResponse:
         """Draws from the prior -> images."""
         engine = self._engine(request.model)
+        ref = self._refs[engine]
         if request.prior not in _FITTED_PRIOR:
             raise InvalidInputError("prior", f"prior {request.prior} is not one of {', '.join(vae_pb2.Prior.keys())}")
         draw = _noise(request)
@@ -92,7 +92,7 @@ class VaeService:
             deadline=deadline,
         )
         return vae_pb2.SampleResponse(
-            model=self._refs[engine],
+            model=ref,
             images=tensors.to_tensor(images),
             latents=tensors.to_tensor(latents) if request.want_latents else None,
             seed=draw.seed,

@@ -6,13 +6,14 @@ import ipaddress
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 from pydantic_core import ErrorDetails
 from pydantic_settings import BaseSettings, CliApp, CliImplicitFlag, SettingsConfigDict
 
-from vaeserve_server.bundle import Precision
+from vaeserve_server.bundle import NAME_PATTERN, VERSION_PATTERN, Precision
 from vaeserve_server.errors import StartError, shown
 from vaeserve_server.logs import LogFormat, LogLevel
+from vaeserve_server.models_folder import Key
 
 Device = Literal["auto", "cuda", "cpu"]
 Transport = Literal["grpc", "envoy"]
@@ -43,6 +44,10 @@ class Settings(BaseSettings):
     """Folder of bundles, models/<name>/<version>/."""
     versions: Count = 2
     """Newest versions of each model to serve. The newest answers a request that names none."""
+    pin: str = ""
+    """Versions to serve besides the newest, as mnist/3,faces/1."""
+    watch_s: Seconds = 2.0
+    """How often to look for new, changed and removed versions. 0 looks only at a SIGHUP."""
     device: Device = "auto"
     """Where graphs run. cuda refuses to start without a working GPU; auto may fall back to the CPU, and says so."""
     precision: Precision = "fp32"
@@ -100,6 +105,20 @@ class Settings(BaseSettings):
     """debug logs one line per call."""
     log_format: LogFormat = "text"
     """text is for people, json is one object a line."""
+
+    @field_validator("pin")
+    @classmethod
+    def _check_pin(cls, pin: str) -> str:
+        for version in filter(None, pin.split(",")):
+            name, _, number = version.partition("/")
+            if not (NAME_PATTERN.fullmatch(name) and VERSION_PATTERN.fullmatch(number)):
+                raise ValueError(f"{shown(version)} is no version of a model; name each as in mnist/3,faces/1")
+        return pin
+
+    @property
+    def pinned(self) -> frozenset[Key]:
+        """The versions of `pin`."""
+        return frozenset(Key(*version.split("/")) for version in filter(None, self.pin.split(",")))
 
     @model_validator(mode="after")
     def _refuse_workers_of_envoy(self) -> Settings:

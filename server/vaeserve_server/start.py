@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import signal
 
 from vaeserve_server import app, logs
 from vaeserve_server.errors import StartError
@@ -15,6 +16,7 @@ _log = logging.getLogger(__name__)
 def run(settings: Settings) -> int:
     """Serve until SIGTERM or SIGINT, then drain; a second signal cuts the drain short. Return the exit status."""
     logs.configure(settings.log_format, settings.log_level)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # until there is something to reload; by default it would end us
     try:
         if settings.transport == "envoy":
             from vaeserve_server import envoy  # noqa: PLC0415 - needs an extra

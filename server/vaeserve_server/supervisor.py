@@ -52,6 +52,7 @@ class _Supervisor:
         self._metrics_address = settings.metrics_host, settings.metrics_port
         self._command = command
         self._processes: set[Process] = set()
+        self._serving: set[Process] = set()
         self._stopping = asyncio.Event()
         self._metrics_urls: dict[int, str] = {}  # of the workers that serve now, by their place
         self._ready: set[int] = set()  # the places whose worker has come to serve, once at least
@@ -60,7 +61,7 @@ class _Supervisor:
 
     async def live(self) -> int:
         """Keep the workers until told to stop; return the exit status."""
-        watch_signals(self._on_signal)
+        watch_signals(self._on_signal, self._on_reload)
         with self._one_page():
             await asyncio.gather(*(self._keep(place) for place in range(self._settings.workers)))
         if self._failure is not None:
@@ -85,6 +86,11 @@ class _Supervisor:
         self._stopping.set()
         for process in self._processes:
             _signal(process, signal.SIGTERM)
+
+    def _on_reload(self) -> None:
+        """Tell the workers that can hear it; those that do not serve yet read the folder anyway."""
+        for process in self._serving:
+            _signal(process, signal.SIGHUP)
 
     async def _keep(self, place: int) -> None:
         """Have a worker in one place, again and again, until told to stop."""
@@ -126,6 +132,7 @@ class _Supervisor:
         finally:
             self._metrics_urls.pop(place, None)
             self._processes.discard(process)
+            self._serving.discard(process)
             process.stdin.close()
 
     def _note(self, place: int, process: Process, line: str) -> None:
@@ -137,6 +144,7 @@ class _Supervisor:
                 self._give_up(reason)
         elif line:
             _log.info("worker ready", extra={"fields": {"pid": process.pid}})
+            self._serving.add(process)
             if place not in self._ready:
                 self._ready.add(place)
                 if len(self._ready) == self._settings.workers:

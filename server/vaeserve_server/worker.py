@@ -41,13 +41,13 @@ async def _serve(settings: Settings) -> None:
     await app.serve(_Worker(settings), _watch)
 
 
-def _watch(on_signal: Callable[[], None]) -> None:
-    app.watch_signals(on_signal)
+def _watch(on_stop: Callable[[], None], on_reload: Callable[[], None]) -> None:
+    app.watch_signals(on_stop, on_reload)
     loop = asyncio.get_running_loop()
 
     def end() -> None:
         loop.remove_reader(sys.stdin.fileno())
-        on_signal()
+        on_stop()
 
     loop.add_reader(sys.stdin.fileno(), end)  # nothing more is ever said there, so this is its end
 

@@ -57,7 +57,7 @@ def stub(server: RunningServer) -> Iterator[Stub]:
 
 def test_every_call_is_counted_once_whatever_became_of_it(server: RunningServer, stub: Stub) -> None:
     busy = stub.Encode.future(encode(pixel=3 * HALF_A_SECOND))
-    server.until(lambda running: running._pool._free == 0)
+    server.until(lambda running: running.models.pool._free == 0)
     cancelled = [stub.Encode.future(encode(3)) for _ in range(11)]
     queued = [stub.Encode.future(encode(5)) for _ in range(13)]
     server.until(lambda running: queued_rows(running) == 11 * 3 + 13 * 5)
@@ -110,7 +110,7 @@ def test_every_call_is_counted_once_whatever_became_of_it(server: RunningServer,
 
 def test_waiting_rows_are_seen_while_they_wait(server: RunningServer, stub: Stub) -> None:
     busy = stub.Encode.future(encode(pixel=HALF_A_SECOND))
-    server.until(lambda running: running._pool._free == 0)
+    server.until(lambda running: running.models.pool._free == 0)
     waiting = stub.Encode.future(encode(9))
     server.until(lambda running: queued_rows(running) == 9)
     assert scrape(server).by("graph", "vaeserve_queue_rows") == {"encoder": 9, "decoder": 0}

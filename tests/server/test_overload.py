@@ -59,7 +59,7 @@ def occupy(server: RunningServer, stub: Stub, pixel: float) -> grpc.Future:
 
 
 def _runs(server: object) -> int:
-    pool = server._pool  # type: ignore[attr-defined]
+    pool = server.models.pool  # type: ignore[attr-defined]
     return pool.threads - pool._free
 
 

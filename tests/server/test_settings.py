@@ -48,6 +48,13 @@ def test_every_flag_is_explained_and_every_explanation_is_whole(capsys: pytest.C
         assert field.description.endswith(".")
 
 
+def test_pinned_versions_are_named_one_by_one() -> None:
+    assert from_command_line(["--pin", "mnist/3,faces/1"]).pinned == {("mnist", "3"), ("faces", "1")}
+    assert from_command_line([]).pinned == frozenset()
+    with pytest.raises(StartError, match=r"--pin .* is 'mnist/3,faces': 'faces' is no version of a model; name each"):
+        from_command_line(["--pin", "mnist/3,faces"])
+
+
 def test_settings_do_not_change() -> None:
     with pytest.raises(ValidationError, match="frozen"):
         Settings().port = 1  # type: ignore[misc]

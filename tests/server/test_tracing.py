@@ -114,7 +114,7 @@ def test_a_call_through_two_graphs_has_a_wait_and_a_run_for_each(collect: Collec
 def test_a_call_that_is_cancelled_in_the_queue_has_no_run(collect: Collect) -> None:
     def act(server: RunningServer, stub: Stub) -> None:
         busy = stub.Encode.future(of("slow", encode(pixel=HALF_A_SECOND)))
-        server.until(lambda running: running._pool._free == 0)
+        server.until(lambda running: running.models.pool._free == 0)
         waiting = stub.Encode.future(of("slow", encode(7)), metadata=FROM_CALLER)
         server.until(lambda running: queued_rows(running) == 7)
         waiting.cancel()

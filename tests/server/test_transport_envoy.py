@@ -94,7 +94,7 @@ def occupy(server: EnvoyServer, connection: Connection) -> int:
     """Start a run that outlasts the test; return its stream when the only thread has it."""
     stream = connection.open(ENCODE)
     connection.send(stream, request(MUCH_TOO_LONG))
-    server.until(lambda state: state._pool._free == 0)
+    server.until(lambda state: state.models.pool._free == 0)
     return stream
 
 

@@ -1,0 +1,121 @@
+"""The models of one server, from the first load to the end: loaded, watched, replaced, and given back."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+
+from vaeserve_server.bundle import Bundle
+from vaeserve_server.cores import available_cores
+from vaeserve_server.engine import Engine, Limits
+from vaeserve_server.executor import RunPool
+from vaeserve_server.graphs import CUDA, CudaOptions, Runtime
+from vaeserve_server.loader import Loader, Policy
+from vaeserve_server.models_folder import Key, ModelsFolder
+from vaeserve_server.reloader import Reloader
+from vaeserve_server.repository import Repository
+from vaeserve_server.settings import Settings
+
+OnChange = Callable[[Repository, Runtime], None]
+"""Called on the event loop with what is served from now on."""
+
+_log = logging.getLogger(__name__)
+
+
+class Models:
+    """What is served now. `load`, and later `stop_watching`, `close`, `end`, once each; all on the event loop."""
+
+    def __init__(self, settings: Settings, on_change: OnChange) -> None:
+        self.repository: Repository | None = None
+        self.pool: RunPool | None = None
+        self._settings = settings
+        self._on_change = on_change
+        self._runtime: Runtime
+        self._loader: Loader | None = None
+        self._reloader: Reloader | None = None
+        self._retired: set[Engine] = set()
+
+    async def load(self) -> None:
+        """Load, warm and serve what the models folder has, and begin to watch it; StartError if nothing is sound."""
+        self._runtime = await asyncio.to_thread(new_runtime, self._settings)
+        self.pool = new_pool(self._settings, self._runtime)
+        self._loader = new_loader(self._settings, self._runtime, self.pool)
+        self._serve(await asyncio.to_thread(self._loader.first))
+        self._reloader = Reloader(self._loader, self._settings.watch_s, self._serve)
+        self._reloader.start()
+
+    def reload(self) -> None:
+        """Have the folder looked at now; what was refused before or does not serve is tried again."""
+        if self._reloader is not None:  # else the first load is under way
+            self._reloader.ask()
+
+    async def stop_watching(self) -> None:
+        """Change nothing from now on."""
+        if self._reloader is not None:
+            await self._reloader.close()
+
+    def close(self) -> None:
+        """Refuse what still waits for any model, and break off what still runs."""
+        for engine in (*(self.repository.engines if self.repository else ()), *self._retired):
+            engine.close()
+
+    async def end(self) -> None:
+        """End the threads, after the runs they have."""
+        if self.pool is not None:
+            await self.pool.close()
+
+    @property
+    def reloads(self) -> Mapping[str, int]:
+        """How often a change was taken over (`ok`), and a version refused or the folder not seen (`failed`)."""
+        return self._reloader.results if self._reloader is not None else {"ok": 0, "failed": 0}
+
+    def refused(self) -> Sequence[Key]:
+        """Return what lies in the folder, is wanted and unsound. May be called from any thread."""
+        return list(self._loader.refused) if self._loader is not None else []
+
+    def _serve(self, repository: Repository) -> None:
+        before = self.repository.engines if self.repository is not None else []
+        self.repository = repository
+        self._on_change(repository, self._runtime)
+        for engine in set(before) - set(repository.engines):
+            self._retired.add(engine)
+            engine.retire(partial(self._unloaded, engine))
+
+    def _unloaded(self, engine: Engine) -> None:
+        self._retired.discard(engine)
+        _log.info("model unloaded", extra={"fields": {"model": engine.label, "digest": engine.card.digest}})
+
+
+def new_runtime(settings: Settings) -> Runtime:
+    """Return what loads graphs; DeviceError if the device that was asked for cannot be used."""
+    cuda = CudaOptions(
+        tf32=settings.tf32,
+        nhwc=settings.nhwc,
+        gpu_memory_bytes=settings.gpu_memory_bytes,
+        cuda_graphs=settings.cuda_graphs,
+    )
+    return Runtime(settings.device, cuda, settings.precision)
+
+
+def new_pool(settings: Settings, runtime: Runtime) -> RunPool:
+    """Return the threads of one worker. Call on the event loop."""
+    threads = settings.threads or (settings.workers if runtime.provider == CUDA else available_cores())
+    return RunPool(max(1, threads // settings.workers))
+
+
+def new_loader(settings: Settings, runtime: Runtime, pool: RunPool) -> Loader:
+    """Return what loads the settings' models for these threads."""
+    limits = Limits(
+        max_rows_per_call=settings.max_rows_per_call,
+        max_message_bytes=settings.max_message_bytes,
+        max_batch_rows=settings.max_batch_rows,
+        max_queue_rows=settings.max_queue_rows,
+        batch_wait_s=settings.batch_wait_us * 1e-6,
+    )
+
+    def new_engine(bundle: Bundle) -> Engine:
+        return Engine(bundle, runtime, pool, limits)
+
+    return Loader(ModelsFolder(settings.models), Policy(settings.versions, settings.pinned), new_engine)
