@@ -1,6 +1,7 @@
 """Every step of the ladder on a handful of images: its claims, and not only that it runs."""
 
 import json
+import multiprocessing
 import subprocess
 import sys
 from dataclasses import replace
@@ -23,6 +24,7 @@ from vaeserve_training.ladder.results import Claim, in_words
 from vaeserve_training.ladder.scale import FULL, QUICK
 from vaeserve_training.ladder.showcase import manifold
 from vaeserve_training.ladder.systems import image_mse, intensity
+from vaeserve_training.ladder.workshop import WorkerError, Workshop
 
 MNIST_SUBSET = Path(__file__).parents[1] / "data" / "mnist_subset.npz"
 
@@ -35,19 +37,19 @@ HANDFUL = QUICK.model_copy(
         ),
         "train_images": 1024,
         "growing_images": (128, 1024),
-        "steps": 400,
+        "steps": 240,
         "snapshots": (0, 10, 100),
         "betas": (0.1, 1.0, 8.0),
         "plane": ModelConfig(latent_size=2, channels=(), hidden=(128, 64)),
         "deconvolution": ModelConfig(latent_size=4, channels=(8, 16), hidden=(128,)),
-        "constant_steps": 1000,
-        "one_hot_images": (1, 4),
+        "constant_steps": 700,
+        "one_hot_images": (1, 3, 6),
         "one_hot_steps": 1500,
         "vector_sizes": (1, 2, 8),
-        "vector_steps": 200,
+        "vector_steps": 320,
         "samples": 256,
-        "draws": 300,
-        "neg_elbo_bound_nats": 150.0,
+        "draws": 200,
+        "neg_elbo_bound_nats": 155.0,
     }
 )
 # What does not hold, here as with all images: a VAE codes by leaving N(0, I), and its reconstructions are blurred.
@@ -78,7 +80,7 @@ def data():
 def folder(tmp_path_factory, data, one_thread):
     """A folder that the whole ladder was run in."""
     out = tmp_path_factory.mktemp("ladder")
-    climb.climb(HANDFUL, data, out, device="cpu")
+    climb.climb(HANDFUL, data, out, device="cpu", workers=1)
     return out
 
 
@@ -191,7 +193,7 @@ def test_a_finished_ladder_trains_and_measures_nothing(folder, data, monkeypatch
     before = (folder / climb.RESULTS).read_bytes()
     monkeypatch.setattr(cache, "train", None)
     monkeypatch.setattr(climb, "_run", None)
-    climb.climb(HANDFUL, data, folder, device="cpu")
+    climb.climb(HANDFUL, data, folder, device="cpu", workers=1)
     assert (folder / climb.RESULTS).read_bytes() == before
 
 
@@ -200,7 +202,7 @@ def test_a_killed_ladder_goes_on_with_what_is_finished(data, tmp_path, monkeypat
     really_train, trained = cache.train, []
 
     def train_until_killed(spec, *arguments, **options):
-        if spec.codes == "one-hot" and spec.images == 4 and len(trained) == 2:
+        if spec.codes == "one-hot" and spec.images == 3 and len(trained) == 2:
             raise KeyboardInterrupt
         trained.append((spec.codes, spec.images))
         return really_train(spec, *arguments, **options)
@@ -212,8 +214,39 @@ def test_a_killed_ladder_goes_on_with_what_is_finished(data, tmp_path, monkeypat
     assert [step["number"] for step in json.loads((tmp_path / climb.RESULTS).read_bytes())["steps"]] == [1]
     trained.append(("killed", 0))
     climb.climb(small, data, tmp_path, numbers=(1, 2), device="cpu")
-    assert trained[3:] == [("one-hot", 4)]
+    assert trained[3:] == [("one-hot", 3), ("one-hot", 6)]
     assert [step["number"] for step in json.loads((tmp_path / climb.RESULTS).read_bytes())["steps"]] == [1, 2]
+
+
+def test_networks_trained_side_by_side_are_the_same(data, tmp_path):
+    small = HANDFUL.model_copy(update={"constant_steps": 40, "one_hot_steps": 40})
+    steps = {}
+    for workers in (1, 2):
+        climb.climb(small, data, tmp_path / str(workers), numbers=(1, 2), device="cpu", workers=workers)
+        found = json.loads((tmp_path / str(workers) / climb.RESULTS).read_bytes())["steps"]
+        steps[workers] = [(step["claims"], step["tables"]) for step in found]
+    assert steps[1] == steps[2]
+
+
+def test_a_failure_in_another_process_is_told(data, tmp_path):
+    (tmp_path / "cache").touch()  # a file where the folder belongs
+    with pytest.raises(OSError, match="cache"):
+        climb.climb(HANDFUL.model_copy(update={"one_hot_steps": 2}), data, tmp_path, numbers=(2,), workers=2)
+    assert not any(process.is_alive() for process in multiprocessing.active_children())
+
+
+def test_a_process_that_was_killed_is_told(data, tmp_path):
+    with Workshop(Lab(HANDFUL, data, tmp_path, device="cpu"), [STEPS[2]], 2, lambda _: None) as workshop:
+        multiprocessing.active_children()[0].kill()
+        with pytest.raises(WorkerError, match="was killed.*finished networks are kept: run it again"):
+            workshop.wait_for(STEPS[2])
+
+
+def test_of_a_small_data_set_all_images_are_used(data):
+    few = replace(data, train=data.train[:40], test=data.test[:30])
+    scale = QUICK.within(few)
+    assert (scale.train_images, scale.growing_images, scale.one_hot_images) == (40, (40,), (1, 4, 16, 40))
+    assert scale.samples == 30
 
 
 def test_results_of_other_sizes_are_not_taken_for_these(data, tmp_path):

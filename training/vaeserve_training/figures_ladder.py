@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Literal, NamedTuple, Self
 
@@ -149,7 +150,14 @@ def _label_px(text: str) -> int:
 
 
 def _text_px(text: str, points: int) -> float:
-    return float(TextPath((0, 0), text, size=points).get_extents().width) * _HINTING * DPI / 72
+    return sum(_advance(letter) for letter in text) * points * _HINTING * DPI / 72
+
+
+@cache
+def _advance(letter: str) -> float:
+    """Return how far a letter moves the next one, as a share of the font's size. Outlining whole lines is slow."""
+    outlines = [TextPath((0, 0), text, size=1).get_extents() for text in (f"|{letter}|", "||")]
+    return float(outlines[0].width - outlines[1].width)
 
 
 def _wrap(note: str, width_px: float) -> list[str]:

@@ -18,10 +18,11 @@ from vaeserve_training.ladder.cache import CacheError
 from vaeserve_training.ladder.lenet import LadderDataError
 from vaeserve_training.ladder.registry import STEPS
 from vaeserve_training.ladder.scale import FULL, QUICK
+from vaeserve_training.ladder.workshop import WorkerError
 from vaeserve_training.sources import DataError
 from vaeserve_training.trainer import FitError
 
-USER_ERRORS = (ConfigError, DataError, LadderDataError, FitError, CacheError, OtherProcessError, OSError)
+USER_ERRORS = (ConfigError, DataError, LadderDataError, FitError, CacheError, OtherProcessError, WorkerError, OSError)
 
 StepNumber = Annotated[int, Field(ge=min(STEPS), le=max(STEPS))]
 

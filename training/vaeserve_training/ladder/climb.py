@@ -11,7 +11,6 @@ import json
 import logging
 import time
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +18,16 @@ from pydantic import ValidationError
 from rich.table import Table
 
 from vaeserve_training import atomic
+from vaeserve_training.compute import cpu_threads
 from vaeserve_training.data import ImageData, summary
 from vaeserve_training.ladder import lenet, page
 from vaeserve_training.ladder.cache import CacheError
 from vaeserve_training.ladder.lab import Lab
-from vaeserve_training.ladder.planning import plan, training_steps
+from vaeserve_training.ladder.planning import plan
 from vaeserve_training.ladder.registry import STEPS, Step
 from vaeserve_training.ladder.results import StepResult
 from vaeserve_training.ladder.scale import Scale
+from vaeserve_training.ladder.workshop import Workshop, default_workers, networks, training_steps
 from vaeserve_training.progress import Bar
 
 RESULTS = "results.json"
@@ -44,33 +45,36 @@ def climb(
     *,
     numbers: Sequence[int] = tuple(STEPS),
     device: str = "auto",
+    workers: int | None = None,
     show_plan: Callable[[Table], None] | None = None,
     show_progress: bool = False,
 ) -> list[StepResult]:
     """Run the steps with these numbers, skipping finished ones; return the results of all steps in the folder.
 
-    Writes `report.html`, `results.json` and the pictures to `out`; `show_plan` is given the plan before anything is
-    trained. Raises LadderDataError if the images have no labels, DivergedError, CacheError, OtherProcessError, OSError.
+    Writes `report.html`, `results.json` and the pictures to `out`. `workers` networks are trained at a time, each in a
+    process of its own (unset: one for each core; 1: in this process); `show_plan` is given the plan before anything is
+    trained. Raises LadderDataError if the images have no labels, DivergedError, CacheError, OtherProcessError,
+    WorkerError, OSError.
     """
     lenet.labels_of(data)
     lab = Lab(scale.within(data), data, out, device)
     todo = unfinished(lab, numbers)
+    workers = workers or default_workers(device)
     if show_plan is not None:
-        show_plan(plan(lab, numbers, todo))
-    with Bar("ladder", training_steps(lab, todo), show=show_progress) as bar:
+        show_plan(plan(lab, numbers, todo, workers))
+    steps = sum(training_steps(lab, task) for task in networks(lab, todo).values())
+    with (
+        Bar("ladder", steps, show=show_progress) as bar,
+        Workshop(lab, todo, workers, bar.advance) as workshop,
+    ):
         lab.advance = bar.advance
         for step in todo:
-            lab.note = partial(_note, bar, step)
-            result = _run(lab, step)
+            result = _run(lab, step, workshop, bar)
             atomic.write_file(_file(lab, step.number), _saved(lab, result))
             write_report(lab)
             held = f"{sum(claim.held for claim in result.claims)} of {len(result.claims)} claims hold"
             logger.info("step %d, %s: %s, %.0f s", step.number, step.title, held, result.seconds)
     return write_report(lab)
-
-
-def _note(bar: Bar, step: Step, words: str) -> None:
-    bar.note(f"step {step.number}: {words}")
 
 
 def unfinished(lab: Lab, numbers: Sequence[int]) -> list[Step]:
@@ -91,14 +95,13 @@ def write_report(lab: Lab) -> list[StepResult]:
     return results
 
 
-def _run(lab: Lab, step: Step) -> StepResult:
+def _run(lab: Lab, step: Step, workshop: Workshop, bar: Bar) -> StepResult:
     started_s = time.perf_counter()
-    for spec in lab.missing(step.systems(lab.scale)):
-        lab.trained(spec)
-    if step.classifier:
-        _ = lab.classifier
-    lab.note("measuring")
-    findings = step.measure(lab)
+    bar.note(f"training for step {step.number}")
+    workshop.wait_for(step)
+    bar.note(f"measuring step {step.number}")
+    with cpu_threads(1 if workshop.busy else None):
+        findings = step.measure(lab)
     return StepResult(
         **findings.model_dump(),
         number=step.number,

@@ -8,7 +8,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torchmetrics.image.fid import FrechetInceptionDistance
 
 _CHUNK = 500  # rows of a table of distances held at once
 NEIGHBOURS = 3  # Kynkaanniemi et al. 2019, section 4
@@ -32,6 +31,8 @@ def frechet_distance(real: Tensor, generated: Tensor) -> float:
     Heusel et al. 2017, section 2. It depends on the network that made the features and falls with the number of
     samples: compare only figures of one network and one number of samples.
     """
+    from torchmetrics.image.fid import FrechetInceptionDistance  # noqa: PLC0415 - takes a second that workers need not spend
+
     metric = FrechetInceptionDistance(feature=_Features(real.shape[1]))
     metric.update(real.double(), real=True)
     metric.update(generated.double(), real=False)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import IntEnum
 from functools import cached_property
 from pathlib import Path
@@ -46,14 +46,13 @@ class Quality(NamedTuple):
 
 @dataclass
 class Lab:
-    """One run of the ladder. `advance` is told the optimiser steps taken, `note` what is going on."""
+    """One run of the ladder. `advance` is told the optimiser steps taken."""
 
     scale: Scale
     data: ImageData
     out: Path
     device: str = "auto"
     advance: Callable[[int], None] | None = None
-    note: Callable[[str], None] = field(default=lambda _: None)
 
     @property
     def cache(self) -> Cache:
@@ -77,7 +76,6 @@ class Lab:
 
     def trained(self, spec: Spec) -> Trained:
         """Return a trained system, from the cache if it is there."""
-        self.note(f"{spec.codes}, {spec.images} images, seed {spec.config.run.seed}")
         return trained_system(self.cache, spec, self.data, device=self.device, advance=self.advance)
 
     def per_seed(self, make: Callable[[Scale, int], Spec]) -> list[Trained]:
@@ -87,7 +85,6 @@ class Lab:
     @cached_property
     def classifier(self) -> LeNet:
         """FID-LeNet, one for all seeds, so that their distances compare."""
-        self.note("classifier")
 
         def make() -> Entry:
             network = lenet.train(

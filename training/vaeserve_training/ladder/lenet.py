@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vaeserve_training.compute import as_tensor, choose_device
+from vaeserve_training.compute import as_tensor, choose_device, cpu_threads
 from vaeserve_training.data import ImageData
 from vaeserve_training.ladder.systems import intensity
 from vaeserve_training.ladder.training import Advance
@@ -83,7 +83,11 @@ def total_steps(images: int, epochs: int) -> int:
 
 def train(data: ImageData, *, images: int, epochs: int, device: str, advance: Advance | None = None) -> LeNet:
     """Train the classifier on the first `images` training images and return it on the CPU."""
-    target = choose_device(device)
+    with cpu_threads(1):  # see workshop.py
+        return _train(data, images, epochs, choose_device(device), advance)
+
+
+def _train(data: ImageData, images: int, epochs: int, target: torch.device, advance: Advance | None) -> LeNet:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed_of(0, Stream.WEIGHTS))
         network = build(data).to(target)

@@ -96,7 +96,7 @@ class StepResult(Findings):
     codes: str
     """Where the decoder's input comes from, in a sentence."""
     seconds: float
-    """Time it took, without networks that were trained before."""
+    """Time that went by, waiting for its networks included; those that were trained before took none."""
 
 
 def mean(figures: Figures) -> float:

@@ -61,10 +61,15 @@ class Scale(Section):
             update={
                 "base": self.base.with_changes(data={"image_shape": data.train.shape[1:]}),
                 "train_images": min(self.train_images, images),
-                "growing_images": tuple(sorted({min(size, images) for size in self.growing_images})),
+                "growing_images": _at_most(self.growing_images, images),
+                "one_hot_images": _at_most(self.one_hot_images, images),
                 "samples": min(self.samples, images, len(data.test)),
             }
         )
+
+
+def _at_most(counts: tuple[int, ...], images: int) -> tuple[int, ...]:
+    return tuple(sorted({min(count, images) for count in counts}))
 
 
 QUICK = Scale(
@@ -80,7 +85,7 @@ QUICK = Scale(
     deconvolution=ModelConfig(latent_size=16, channels=(16, 32), hidden=(256,)),
     constant_steps=2000,
     one_hot_images=(1, 4, 16, 64),
-    one_hot_steps=2500,
+    one_hot_steps=4000,
     vector_sizes=(1, 2, 4, 8, 16),
     vector_steps=1000,
     samples=5_000,

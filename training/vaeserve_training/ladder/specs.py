@@ -21,8 +21,7 @@ def constant(scale: Scale, seed: int) -> Spec:
     steps = scale.constant_steps
     snapshots = (0, *(step for step in (3, 10, 30, 100, 300, 1000) if step < steps), steps)
     config = _memorising(scale, scale.deconvolution.latent_size, images=1, seed=seed, steps=steps)
-    # Slower than the others: a pixel that overshoots into the sigmoid's flat end stays there, and one is too many.
-    config = config.with_changes(optimiser={"schedule": "cosine", "learning_rate": 1e-3})
+    config = config.with_changes(optimiser={"schedule": "cosine"})
     return Spec(codes="constant", config=config, snapshots=snapshots)
 
 
@@ -75,8 +74,9 @@ def _as_base(scale: Scale, seed: int, images: int | None = None) -> TrainConfig:
 
 def _memorising(scale: Scale, size: int, *, images: int, seed: int, steps: int) -> TrainConfig:
     """Return a configuration for codes of `size` numbers that sees all images at every step, at one learning rate."""
+    # Not faster: a pixel that overshoots into the sigmoid's flat end stays there, and one is too many.
     optimiser = OptimiserConfig(
-        algorithm="adam", learning_rate=2e-3, warmup_steps=0, schedule="constant", ema_decay=0.0, batch_size=images
+        algorithm="adam", learning_rate=1e-3, warmup_steps=0, schedule="constant", ema_decay=0.0, batch_size=images
     )
     model = scale.deconvolution.model_copy(update={"latent_size": size})
     base = scale.base.model_copy(update={"model": model, "objective": _MSE, "optimiser": optimiser})

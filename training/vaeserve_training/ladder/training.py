@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from vaeserve_training import objectives
-from vaeserve_training.compute import autocast, choose_device, place
+from vaeserve_training.compute import autocast, choose_device, cpu_threads, place
 from vaeserve_training.data import ImageData
 from vaeserve_training.ladder.systems import Spec, System, build
 from vaeserve_training.optimiser import learning_rate, make_average, make_optimiser, rate_weight, update_average
@@ -65,13 +65,14 @@ def train(spec: Spec, data: ImageData, *, device: str = "auto", advance: Advance
     started_s = time.perf_counter()
     run = _Run(spec, data, choose_device(device))
     run.keep_snapshot()
-    for rows in _batches(spec, run.pixels.device):
-        run.step(rows)
-        run.keep_snapshot()
-        if advance:
-            advance(1)
-        if run.knows_every_image():
-            break
+    with cpu_threads(1):  # the networks are too small to share; see workshop.py
+        for rows in _batches(spec, run.pixels.device):
+            run.step(rows)
+            run.keep_snapshot()
+            if advance:
+                advance(1)
+            if run.knows_every_image():
+                break
     if advance:
         advance(run.total_steps - run.steps)
     return Trained(
