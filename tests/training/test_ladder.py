@@ -77,6 +77,18 @@ def data():
 
 
 @pytest.fixture(scope="module")
+def few(data):
+    """So few images that processes start with them at once."""
+    return replace(
+        data,
+        train=data.train[:40],
+        train_labels=data.train_labels[:40],
+        test=data.test[:20],
+        test_labels=data.test_labels[:20],
+    )
+
+
+@pytest.fixture(scope="module")
 def folder(tmp_path_factory, data, one_thread):
     """A folder that the whole ladder was run in."""
     out = tmp_path_factory.mktemp("ladder")
@@ -218,35 +230,34 @@ def test_a_killed_ladder_goes_on_with_what_is_finished(data, tmp_path, monkeypat
     assert [step["number"] for step in json.loads((tmp_path / climb.RESULTS).read_bytes())["steps"]] == [1, 2]
 
 
-def test_networks_trained_side_by_side_are_the_same(data, tmp_path):
+def test_networks_trained_side_by_side_are_the_same(few, tmp_path):
     small = HANDFUL.model_copy(update={"constant_steps": 40, "one_hot_steps": 40})
     steps = {}
     for workers in (1, 2):
-        climb.climb(small, data, tmp_path / str(workers), numbers=(1, 2), device="cpu", workers=workers)
+        climb.climb(small, few, tmp_path / str(workers), numbers=(1, 2), device="cpu", workers=workers)
         found = json.loads((tmp_path / str(workers) / climb.RESULTS).read_bytes())["steps"]
         steps[workers] = [(step["claims"], step["tables"]) for step in found]
     assert steps[1] == steps[2]
 
 
-def test_a_failure_in_another_process_is_told(data, tmp_path):
+def test_a_failure_in_another_process_is_told(few, tmp_path):
     (tmp_path / "cache").touch()  # a file where the folder belongs
     with pytest.raises(OSError, match="cache"):
-        climb.climb(HANDFUL.model_copy(update={"one_hot_steps": 2}), data, tmp_path, numbers=(2,), workers=2)
+        climb.climb(HANDFUL.model_copy(update={"one_hot_steps": 2}), few, tmp_path, numbers=(2,), workers=2)
     assert not any(process.is_alive() for process in multiprocessing.active_children())
 
 
-def test_a_process_that_was_killed_is_told(data, tmp_path):
-    with Workshop(Lab(HANDFUL, data, tmp_path, device="cpu"), [STEPS[2]], 2, lambda _: None) as workshop:
+def test_a_process_that_was_killed_is_told(few, tmp_path):
+    with Workshop(Lab(HANDFUL, few, tmp_path, device="cpu"), [STEPS[2]], 2, lambda _: None) as workshop:
         multiprocessing.active_children()[0].kill()
-        with pytest.raises(WorkerError, match="was killed.*finished networks are kept: run it again"):
+        with pytest.raises(WorkerError, match=r"was killed.*finished networks are kept: run it again"):
             workshop.wait_for(STEPS[2])
 
 
-def test_of_a_small_data_set_all_images_are_used(data):
-    few = replace(data, train=data.train[:40], test=data.test[:30])
+def test_of_a_small_data_set_all_images_are_used(few):
     scale = QUICK.within(few)
     assert (scale.train_images, scale.growing_images, scale.one_hot_images) == (40, (40,), (1, 4, 16, 40))
-    assert scale.samples == 30
+    assert scale.samples == 20
 
 
 def test_results_of_other_sizes_are_not_taken_for_these(data, tmp_path):
