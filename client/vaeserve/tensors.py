@@ -60,14 +60,16 @@ def from_tensor(tensor: vae_pb2.Tensor) -> NDArray[np.generic]:
     Raises TensorError if dtype is unknown, an axis is negative, there are more than MAX_RANK axes, or the data is not
     exactly product(shape) * size(dtype) bytes long. Never allocates: a huge shape with little data is refused.
     """
-    dtype = numpy_dtype(tensor.dtype)
-    shape = tuple(tensor.shape)
+    return from_bytes(tensor.data, numpy_dtype(tensor.dtype), tuple(tensor.shape))
+
+
+def from_bytes(data: bytes, dtype: np.dtype[np.generic], shape: tuple[int, ...]) -> NDArray[np.generic]:
+    """Return `data` as a read-only array that shares its bytes; TensorError as from `from_tensor`."""
     if len(shape) > MAX_RANK:
         raise TensorError("shape", f"shape has {len(shape)} axes; at most {MAX_RANK} are allowed")
     if any(length < 0 for length in shape):
         raise TensorError("shape", f"shape {shape} has a negative axis")
     expected_bytes = math.prod(shape) * dtype.itemsize  # Python integers: no overflow
-    data = tensor.data  # once: protobuf makes another copy each time
     if len(data) != expected_bytes:
         raise TensorError("data", f"data has {len(data)} bytes; shape {shape} of {dtype.name} takes {expected_bytes}")
     try:

@@ -10,8 +10,10 @@ from collections.abc import Callable, Coroutine
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
+from google.protobuf.runtime_version import VersionError
+
 from vaeserve_server.addresses import address
-from vaeserve_server.calls import Calls, native_methods
+from vaeserve_server.calls import Calls, Method, native_methods
 from vaeserve_server.errors import StartError
 from vaeserve_server.health import Health
 from vaeserve_server.metrics import Metrics
@@ -51,10 +53,14 @@ class Server:
     """One server in the running event loop. `port` is the one listened on, once started."""
 
     def __init__(self, settings: Settings, new_transport: NewTransport | None = None) -> None:
+        """Make it; StartError if the settings want what is not installed."""
         self.settings = settings
         self.port = 0
         self._service = VaeService()
-        self._calls = Calls(native_methods(self._service))
+        methods = native_methods(self._service)
+        if settings.oip:
+            methods += _oip_methods(self._service, lambda: self._health.serving)
+        self._calls = Calls(methods)
         self._health = Health(self._calls.services)
         self._tracer: CallTracer | None = None
         self._metrics: MetricsEndpoint | None = None
@@ -141,6 +147,19 @@ class Server:
 
     async def _load(self) -> None:
         await self.models.load()
+
+
+def _oip_methods(service: VaeService, is_ready: Callable[[], bool]) -> list[Method]:
+    try:
+        from vaeserve_server import oip  # noqa: PLC0415 - needs an extra
+    except (ModuleNotFoundError, RuntimeError) as error:
+        missing = error.__cause__ or error  # tritonclient makes the one of the other
+        if not isinstance(missing, ModuleNotFoundError) or (missing.name or "").startswith("vaeserve"):
+            raise
+        raise StartError(f'--oip needs {missing.name}; pip install "vaeserve[oip]"') from None
+    except VersionError:  # generated code that is newer than the protobuf under it
+        raise StartError('--oip needs a newer protobuf; pip install --upgrade "vaeserve[oip]"') from None
+    return oip.methods(service, is_ready)
 
 
 def _new_tracer() -> CallTracer:

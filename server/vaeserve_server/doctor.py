@@ -39,6 +39,7 @@ _NEEDED = (
 )
 _EXTRAS = {
     "envoy": ("--transport envoy", ("pyvoy",)),
+    "oip": ("--oip", ("tritonclient",)),
     "otel": ("--traces", ("opentelemetry-sdk", "opentelemetry-exporter-otlp-proto-grpc")),
 }
 _ONNX_RUNTIME = ("onnxruntime", "onnxruntime-gpu")

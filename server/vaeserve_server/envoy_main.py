@@ -12,7 +12,7 @@ import sys
 import threading
 from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from vaeserve_server import app as life
 from vaeserve_server import envoy, logs
@@ -51,7 +51,11 @@ class Application:
             return
         await receive()
         asyncio.get_running_loop().set_exception_handler(quiet_loop_errors)
-        self.server = life.Server(self._settings, self._new_transport)
+        try:
+            self.server = life.Server(self._settings, self._new_transport)
+        except StartError as error:
+            _log.error("cannot start: %s", error)
+            self._give_up()
         serving = asyncio.create_task(self._serve())
         await send({"type": "lifespan.startup.complete"})  # only then does Envoy listen
         await receive()
@@ -76,6 +80,9 @@ class Application:
         else:
             await self._admin.quit()
             return
+        self._give_up()
+
+    def _give_up(self) -> NoReturn:
         shutil.rmtree(self._folder, ignore_errors=True)
         sys.stdout.flush()
         sys.stderr.flush()

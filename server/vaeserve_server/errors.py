@@ -89,6 +89,12 @@ class NoFittedPriorError(PreconditionError):
     reason = "NO_FITTED_PRIOR"
 
 
+class NotOfferedError(CallError):
+    """The protocol has it, this server does not."""
+
+    reason = "NOT_OFFERED"
+
+
 class QueueFullError(CallError):
     """The call would overfill the queue. `retry_after_s` is None where trying again is useless."""
 

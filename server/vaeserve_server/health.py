@@ -28,6 +28,11 @@ class Health(health_pb2_grpc.HealthServicer):  # type: ignore[misc]  # the gener
         self._closed = False
         self._changed = asyncio.Event()
 
+    @property
+    def serving(self) -> bool:
+        """Whether to send calls here."""
+        return self._serving
+
     def set_serving(self, serving: bool) -> None:
         """Tell everybody who asks or watches."""
         self._serving = serving

@@ -104,15 +104,16 @@ class VaeService:
 
     async def list_models(self, request: vae_pb2.ListModelsRequest, deadline: float) -> vae_pb2.ListModelsResponse:
         """Every served version, by name, newest first."""
-        return vae_pb2.ListModelsResponse(models=[self._models[engine] for engine in self._open_repository().engines])
+        return vae_pb2.ListModelsResponse(models=[self._models[engine] for engine in self.repository().engines])
 
-    def _open_repository(self) -> Repository:
+    def repository(self) -> Repository:
+        """Return what is served now; NotServingError while that is nothing."""
         if self._repository is None:
             raise NotServingError(self._refusal)
         return self._repository
 
     def _engine(self, model: vae_pb2.ModelRef) -> Engine:
-        return self._open_repository().resolve(model.name, model.version, model.digest)
+        return self.repository().resolve(model.name, model.version, model.digest)
 
 
 def _describe(engine: Engine, runtime: Runtime) -> vae_pb2.GetModelResponse:

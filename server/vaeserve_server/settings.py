@@ -69,6 +69,8 @@ class Settings(BaseSettings):
 
     transport: Transport = "grpc"
     """What carries the calls. envoy needs the extra of that name, and takes several times as many calls a second."""
+    oip: CliImplicitFlag[bool] = False
+    """Also answer the Open Inference Protocol v2, for Triton's and KServe's clients. Needs the extra oip."""
     host: str = "127.0.0.1"
     """Address to listen on."""
     port: Annotated[int, Field(ge=0, le=65535)] = 50051

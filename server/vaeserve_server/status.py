@@ -15,6 +15,7 @@ _CODES = {
     errors.InvalidInputError: code_pb2.INVALID_ARGUMENT,
     errors.NotFoundError: code_pb2.NOT_FOUND,
     errors.PreconditionError: code_pb2.FAILED_PRECONDITION,
+    errors.NotOfferedError: code_pb2.UNIMPLEMENTED,
     errors.QueueFullError: code_pb2.RESOURCE_EXHAUSTED,
     errors.DeadlineError: code_pb2.DEADLINE_EXCEEDED,
     errors.NotServingError: code_pb2.UNAVAILABLE,
