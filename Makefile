@@ -10,7 +10,7 @@ NODE_EXAMPLE := client/examples/node
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help run serve test test-envoy bench bench-gpu lint format protos protos-released test-protobuf7 test-compose node build clean
+.PHONY: help run serve test test-envoy fuzz bench bench-gpu lint format protos protos-released test-protobuf7 test-compose node build clean
 
 help: ## Show this list
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 18
@@ -68,6 +68,9 @@ protos-released: $(VENV)/.dev ## Record today's contract as the one that must no
 
 test-envoy: $(VENV)/.dev ## The server's and the client's tests with the server behind Envoy
 	@$(BIN)/python -m pytest --transport envoy tests/server tests/client $(ARGS)
+
+fuzz: $(VENV)/.dev ## Hostile requests to every RPC, 200 000 unless told (ARGS="20000 --transport envoy")
+	@PYTHONPATH=tests:tests/server $(BIN)/python tests/server/fuzz.py $(ARGS)
 
 test-protobuf7: ## The SDK alone, in an environment of its own with protobuf 7
 	@rm -rf .venv-protobuf7 && $(PYTHON) -m venv .venv-protobuf7

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 
 import grpc
 from google.protobuf import descriptor_pb2, descriptor_pool, json_format, message_factory
+from google.protobuf.descriptor import ServiceDescriptor
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 _TIMEOUT_S = 30.0
@@ -49,11 +50,15 @@ class ReflectionClient:
         self._learn(reflection_pb2.ServerReflectionRequest(file_containing_symbol=message))
         return [field.name for field in self._pool.FindMessageTypeByName(message).fields]
 
+    def describe(self, service: str) -> ServiceDescriptor:
+        """Return a service's methods and their messages."""
+        self._learn(reflection_pb2.ServerReflectionRequest(file_containing_symbol=service))
+        return self._pool.FindServiceByName(service)
+
     def call(self, path: str, request_json: str) -> str:
         """Call `package.Service/Method`; return the answer as JSON."""
         service, _, method = path.partition("/")
-        self._learn(reflection_pb2.ServerReflectionRequest(file_containing_symbol=service))
-        described = self._pool.FindServiceByName(service).FindMethodByName(method)
+        described = self.describe(service).FindMethodByName(method)
         request = message_factory.GetMessageClass(described.input_type)()
         json_format.ParseDict(json.loads(request_json), request, descriptor_pool=self._pool)
         send = self._channel.unary_unary(

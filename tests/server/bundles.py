@@ -70,6 +70,14 @@ def write_bundle(
     return folder
 
 
+def write_several(models_dir: Path) -> Path:
+    """Publish mnist/1, mnist/2 (digests of their own) and faces/9: colour, a spatial latent, a fitted prior."""
+    write_bundle(models_dir, "mnist", "1", digest="1" * 64)
+    write_bundle(models_dir, "mnist", "2", digest="2" * 64)
+    write_bundle(models_dir, "faces", "9", image_shape=FACES_IMAGE, latent_shape=FACES_LATENT, prior=True)
+    return models_dir
+
+
 def read_card(folder: Path) -> vae_pb2.ModelCard:
     """Return the card of a bundle."""
     return json_format.Parse((folder / "model.json").read_text(), vae_pb2.ModelCard())

@@ -8,7 +8,7 @@ from pathlib import Path
 import grpc
 import pytest
 
-from bundles import FACES_IMAGE, FACES_LATENT, write_bundle
+from bundles import write_several
 from serving import RunningServer, running_server
 from vaeserve.v1 import vae_pb2_grpc
 
@@ -16,11 +16,7 @@ from vaeserve.v1 import vae_pb2_grpc
 @pytest.fixture(scope="session")
 def several_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """mnist/1, mnist/2 (digests of their own) and faces/9: colour, a spatial latent, a fitted prior."""
-    folder = tmp_path_factory.mktemp("several")
-    write_bundle(folder, "mnist", "1", digest="1" * 64)
-    write_bundle(folder, "mnist", "2", digest="2" * 64)
-    write_bundle(folder, "faces", "9", image_shape=FACES_IMAGE, latent_shape=FACES_LATENT, prior=True)
-    return folder
+    return write_several(tmp_path_factory.mktemp("several"))
 
 
 @pytest.fixture(scope="session")

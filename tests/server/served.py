@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import signal
 import subprocess
@@ -13,6 +14,11 @@ from typing import Self
 import grpc
 
 _LIMIT_S = 60.0
+
+
+def has_envoy() -> bool:
+    """Return whether the transport envoy can be had here."""
+    return importlib.util.find_spec("pyvoy") is not None
 
 
 class Served:

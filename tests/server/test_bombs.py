@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,7 +10,7 @@ import grpc
 import pytest
 
 from http2 import Connection, frame
-from served import Served
+from served import Served, has_envoy
 
 LIST_MODELS = "/vaeserve.v1.VaeService/ListModels"
 HEALTH = "/grpc.health.v1.Health/Check"
@@ -20,10 +19,6 @@ LIMIT_MIB = 32  # the default of --max-message-bytes
 GIB = 2**30
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")
-
-
-def has_envoy() -> bool:
-    return importlib.util.find_spec("pyvoy") is not None
 
 
 @pytest.fixture(scope="module", params=["grpc", "envoy"])
