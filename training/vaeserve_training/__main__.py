@@ -16,6 +16,7 @@ COMMANDS = {
     "evaluate": "compute held-out figures of a trained model",
     "fit-prior": "fit a flow to a trained model's aggregate posterior, to sample from instead of N(0, I)",
     "export": "publish a trained model as a bundle of ONNX graphs for the server",
+    "card": "write the model card of a published bundle as Markdown",
     "ladder": "climb from one memorised image to a VAE that generates, measured and drawn step by step",
     "data": "fetch and check a data set, and say what is in it",
 }

@@ -34,7 +34,7 @@ _PUBLISH_ATTEMPTS = 5
 
 
 class BundleError(Exception):
-    """A bundle that cannot be published. The message says why and what to do; nothing of it was left behind."""
+    """A bundle that cannot be published, of which nothing was left behind, or read. The message says why."""
 
 
 def check_name(name: str) -> None:
@@ -125,9 +125,29 @@ def card_json(card: vae_pb2.ModelCard) -> bytes:
     return text.encode() + b"\n"
 
 
+def resolve(path: Path) -> Path:
+    """Return `path` if it is a bundle, its highest version if it is a model's folder; BundleError otherwise."""
+    if (path / CARD_FILE).is_file():
+        return path
+    versions = [int(folder.name) for folder in path.glob("*/") if _VERSION.fullmatch(folder.name)]
+    newest = path / str(max(versions, default=0))
+    if not (newest / CARD_FILE).is_file():
+        raise BundleError(f"{path} is no bundle ({CARD_FILE} is missing) and no model's folder with one")
+    return newest
+
+
 def read_card(folder: Path) -> vae_pb2.ModelCard:
-    """Return the card of a published bundle."""
-    return json_format.Parse((folder / CARD_FILE).read_bytes(), vae_pb2.ModelCard())
+    """Return the card of a published bundle; BundleError if it is missing, damaged or of another schema."""
+    path = folder / CARD_FILE
+    try:
+        card = json_format.Parse(path.read_bytes(), vae_pb2.ModelCard(), ignore_unknown_fields=True)
+    except OSError as error:
+        raise BundleError(f"cannot read {path}: {error.strerror}") from error
+    except (json_format.ParseError, UnicodeDecodeError) as error:
+        raise BundleError(f"{path} is damaged or no model card: {error}") from error
+    if card.schema_version != SCHEMA_VERSION:
+        raise BundleError(f"{path} has schema version {card.schema_version}; this release reads {SCHEMA_VERSION}")
+    return card
 
 
 def _canonical_line(value: Mapping[str, object]) -> bytes:

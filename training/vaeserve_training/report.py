@@ -15,6 +15,16 @@ from vaeserve.v1 import vae_pb2
 from vaeserve_training import checkpoint
 
 FILE = "evaluation.json"
+FIGURES = {
+    "-ELBO": "neg_elbo_nats",
+    "rate": "rate_nats",
+    "distortion": "distortion_nats",
+    "loss, no likelihood": "loss",
+    "importance-weighted NLL": "iw_nll_nats",
+    "-ELBO in bits per dimension": "bits_per_dim",
+    "active units": "active_units",
+}
+"""The figures of an Evaluation: in words, and by their names in vae.proto."""
 _LATENTS_SHOWN = 32
 
 
@@ -74,16 +84,7 @@ def table(report: Report) -> Group:
     for number, entry in enumerate(report.evaluations, start=1):
         figures.add_column(f"protocol ({number})", justify="right")
         protocols.append(Text(f"({number}) {entry.protocol}"))
-    rows = {
-        "-ELBO": "neg_elbo_nats",
-        "rate": "rate_nats",
-        "distortion": "distortion_nats",
-        "loss, no likelihood": "loss",
-        "importance-weighted NLL": "iw_nll_nats",
-        "-ELBO in bits per dimension": "bits_per_dim",
-        "active units": "active_units",
-    }
-    for words, name in rows.items():
+    for words, name in FIGURES.items():
         values = [f"{getattr(entry, name):.6g}" if entry.HasField(name) else "" for entry in report.evaluations]
         if any(values):
             figures.add_row(words, *values)
