@@ -67,7 +67,7 @@ class Server:
         if new_transport is None:
             new_transport = partial(GrpcTransport, share_port=settings.workers > 1)
         self._transport = new_transport(self._calls, self._health, settings.max_message_bytes)
-        self.models = Models(settings, self._service.open)
+        self.models = Models(settings, self._service.open, self._health.set_models)
         self._hurry = asyncio.Event()
 
     async def start(self) -> None:

@@ -21,6 +21,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 
 from vaeserve_server.checks import Array, Floats, is_finite
+from vaeserve_server.condition import Condition
 from vaeserve_server.errors import CallError, DeadlineError, GraphRunError, NotServingError, QueueFullError
 from vaeserve_server.executor import RunPool
 from vaeserve_server.stats import GraphStats, Passage, passages
@@ -88,9 +89,11 @@ class Batcher:
         max_queue_rows: int,
         wait_s: float = 0.0,
         stats: GraphStats | None = None,
+        condition: Condition | None = None,
     ) -> None:
         self.queued_rows = 0
         self.stats = stats or GraphStats()
+        self._condition = condition or Condition(pool)
         self._graph = graph
         self._row_shape = row_shape
         self._pool = pool
@@ -193,6 +196,8 @@ class Batcher:
             self._note(piece, rows, seconds, now)
             if isinstance(answer, Exception):
                 self._fail(piece.job, answer)
+                if isinstance(answer, GraphRunError):
+                    self._condition.run_failed()
             else:
                 _deliver(piece, answer)
         self.stats.batch_rows.observe(rows)
@@ -202,6 +207,17 @@ class Batcher:
         self._running -= 1
         if self._queue:
             self._pool.wake(self)
+
+    def give_up(self, pieces: Sequence[Piece]) -> None:
+        """Tell the calls of a run that does not end, and every call that waits."""
+        self._running -= 1
+        for job in [*(piece.job for piece in pieces), *self._queue]:
+            self._fail(job, NotServingError("the model does not answer: a run does not end"))
+        self._condition.run_stalled()
+
+    def take_back(self) -> None:
+        """Go on after a run that did end, after all."""
+        self._condition.run_returned()
 
     def close(self) -> None:
         """Refuse every call that still waits."""
@@ -256,7 +272,8 @@ class Batcher:
 class BatchRun:
     """One run of a graph for the pieces of several calls."""
 
-    __slots__ = ("_answers", "_batcher", "_pieces", "_rows", "_seconds")
+    __slots__ = ("_answers", "_batcher", "_pieces", "_rows", "_seconds", "_stalled")
+    may_stall = True
 
     def __init__(self, batcher: Batcher, pieces: list[Piece], rows: int) -> None:
         self._batcher = batcher
@@ -264,6 +281,7 @@ class BatchRun:
         self._rows = rows
         self._answers: list[Outputs | Exception] = []
         self._seconds = 0.0
+        self._stalled = False
 
     def execute(self) -> None:
         """Compute every piece's answer; if the run fails, run each call's piece by itself."""
@@ -275,8 +293,16 @@ class BatchRun:
         self._seconds = time.perf_counter() - started
 
     def complete(self) -> None:
-        """Hand the answers out."""
-        self._batcher.answer(self._pieces, self._answers, self._seconds)
+        """Hand the answers out, unless nobody waits for them any more."""
+        if self._stalled:
+            self._batcher.take_back()
+        else:
+            self._batcher.answer(self._pieces, self._answers, self._seconds)
+
+    def stall(self) -> None:
+        """Let nobody wait for it any longer."""
+        self._stalled = True
+        self._batcher.give_up(self._pieces)
 
     def _one_by_one(self) -> list[Outputs | Exception]:
         answers: list[Outputs | Exception] = []

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
+from threading import Timer
 
 import numpy as np
 
 from vaeserve_server.batcher import Batcher, Outputs
 from vaeserve_server.bundle import DECODER, ENCODER, PRIOR, Bundle, check_digest, check_ports
 from vaeserve_server.checks import Array, check_range, is_finite, not_finite
+from vaeserve_server.condition import Condition
 from vaeserve_server.errors import (
     BundleError,
     GraphLoadError,
     GraphRunError,
     InvalidInputError,
     NoFittedPriorError,
+    NotServingError,
     StartError,
 )
 from vaeserve_server.executor import RunPool
@@ -25,6 +30,8 @@ from vaeserve_server.graphs import CUDA, Graph, Runtime
 from vaeserve_server.latent_health import LatentHealth
 from vaeserve_server.stats import GraphStats
 from vaeserve_server.work import FLOAT16, FLOAT32, UINT8, DecodeWork, DType, EncodeWork, Noise, NoiseWork, PriorWork
+
+_log = logging.getLogger(__name__)
 
 _IMAGE_DTYPES = (UINT8, FLOAT32, FLOAT16)
 _LATENT_DTYPES = (FLOAT32, FLOAT16)
@@ -47,6 +54,7 @@ class Limits:
     max_batch_rows: int
     max_queue_rows: int
     batch_wait_s: float
+    watchdog_s: float
 
 
 class InFlight:
@@ -76,7 +84,10 @@ class InFlight:
 
 
 class Engine:
-    """One version of one model. Made off the event loop; its calls belong to the loop of `pool`."""
+    """One version of one model. Made off the event loop; its calls belong to the loop of `pool`.
+
+    `problem` says why it cannot serve just now, empty while it can; `on_change` is called whenever that changed.
+    """
 
     def __init__(self, bundle: Bundle, runtime: Runtime, pool: RunPool, limits: Limits) -> None:
         """Load, check and warm the bundle's graphs; BundleError or DeviceError if they cannot serve."""
@@ -92,12 +103,19 @@ class Engine:
         self.precision = runtime.precision
         for role, graph in graphs.items():
             for rows in graph.warm_rows:
-                warm = partial(_warm, bundle, role, graph, rows)
+                warm = partial(_warm, bundle.graphs[role].path, graph, rows, limits.watchdog_s)
                 if graph.warm_everywhere:
                     pool.run_in_each(warm)  # size by size: other models' runs go between
                 else:
                     warm()
         self.latent_health = LatentHealth(self.card)
+        self.problem = ""
+        self.on_change: Callable[[], None] = lambda: None
+        self._closed = False
+        self._conditions = {
+            role: Condition(pool, partial(_warm, bundle.graphs[role].path, graph, graph.warm_rows[0]), self._changed)
+            for role, graph in graphs.items()
+        }
         self._batchers = {
             role: Batcher(
                 self.latent_health.watch(graph.run) if role == ENCODER else graph.run,
@@ -107,6 +125,7 @@ class Engine:
                 max_queue_rows=limits.max_queue_rows,
                 wait_s=limits.batch_wait_s,
                 stats=GraphStats(self.card.name, self.card.version, _GRAPH_NAMES[role]),
+                condition=self._conditions[role],
             )
             for role, graph in graphs.items()
         }
@@ -126,7 +145,7 @@ class Engine:
             check_range(images)
         if draw is not None:
             _check_draw(draw, len(images))
-        with self._in_flight:
+        with self._entrance():
             return await self._encoder.submit(EncodeWork(images, draw, self.latent_shape), deadline)
 
     async def decode(self, latents: Array, image_dtype: DType, deadline: float = math.inf) -> Array:
@@ -138,7 +157,7 @@ class Engine:
         self._check_rows("latents", latents, self.latent_shape, _LATENT_DTYPES)
         if not is_finite(latents):
             raise not_finite("latents", latents)
-        with self._in_flight:
+        with self._entrance():
             return (await self._decoder.submit(DecodeWork(latents, image_dtype), deadline))[0]
 
     async def sample(
@@ -166,14 +185,14 @@ class Engine:
             )
         base = NoiseWork(count, draw, temperature, self.latent_shape, image_dtype)
         if not fitted_prior:
-            with self._in_flight:
+            with self._entrance():
                 images, latents = await self._decoder.submit(base, deadline)
             return images, latents
         if self._prior is None:
             raise NoFittedPriorError(
                 f"model {self.label} has no fitted prior; sample from the standard normal", model=self.label
             )
-        with self._in_flight:
+        with self._entrance():
             (latents,) = await self._prior.submit(PriorWork(count, draw, temperature, self.latent_shape), deadline)
             (images,) = await self._decoder.submit(DecodeWork(latents, image_dtype, "temperature"), deadline)
         return images, latents
@@ -190,6 +209,7 @@ class Engine:
         """Give the memory back once the calls that are in have ended, and then call `unloaded`. No more may come."""
 
         def unload() -> None:
+            self._end_watch()
             for graph in self._graphs.values():
                 graph.unload()
             unloaded()
@@ -198,10 +218,40 @@ class Engine:
 
     def close(self) -> None:
         """Refuse what still waits, and break off what still runs."""
+        self._end_watch()
         for batcher in self._batchers.values():
             batcher.close()
         for graph in self._graphs.values():
             graph.stop()
+
+    def _entrance(self) -> InFlight:
+        if self.problem:
+            raise NotServingError(
+                f"model {self.label} does not serve now: {self.problem}; try again, or another server"
+            )
+        return self._in_flight
+
+    def _changed(self) -> None:
+        """Take in the condition of a graph: break off runs that do not end, and say so."""
+        if self._closed:
+            return
+        for role, condition in self._conditions.items():
+            if condition.stalled:
+                self._graphs[role].stop()
+            else:
+                self._graphs[role].resume()
+        problems = [(role, condition.problem) for role, condition in self._conditions.items() if condition.problem]
+        self.problem = "; ".join(f"{problem} in its {_GRAPH_NAMES[role]}" for role, problem in problems)
+        if self.problem:
+            _log.error("model does not serve", extra={"fields": {"model": self.label, "reason": self.problem}})
+        else:
+            _log.info("model serves again", extra={"fields": {"model": self.label}})
+        self.on_change()
+
+    def _end_watch(self) -> None:
+        self._closed = True
+        for condition in self._conditions.values():
+            condition.close()
 
     def _check_rows(self, field: str, rows: Array, row_shape: tuple[int, ...], dtypes: Sequence[DType]) -> None:
         if rows.shape[1:] != row_shape:
@@ -257,14 +307,24 @@ def _load(bundle: Bundle, role: int, runtime: Runtime, max_rows: int) -> Graph:
     return graph
 
 
-def _warm(bundle: Bundle, role: int, graph: Graph, rows: int) -> None:
-    """Run the graph on `rows` rows, so that no caller pays for a first run, and check what comes back."""
-    path = bundle.graphs[role].path
+def _warm(path: Path, graph: Graph, rows: int, limit_s: float = 0.0) -> None:
+    """Run the graph on `rows` rows, so that no caller pays for a first run, and check what comes back.
+
+    BundleError if it does not run, or not within `limit_s` (0: whatever it takes).
+    """
     batch = np.zeros((rows, *(axis or 0 for axis in graph.inputs[0].shape[1:])), np.float32)
+    breaker = Timer(limit_s or math.inf, graph.stop)
+    breaker.daemon = True
+    if limit_s:
+        breaker.start()
     try:
         outputs = graph.run(batch)
     except GraphRunError as error:
         raise BundleError(path, f"the graph does not run on {rows} rows ({error})") from None
+    except NotServingError:
+        raise BundleError(path, f"the graph's run on {rows} rows does not end within {limit_s:g} s") from None
+    finally:
+        breaker.cancel()
     for port, output in zip(graph.outputs, outputs, strict=True):
         if output.shape != (rows, *port.shape[1:]) or not is_finite(output):
             raise BundleError(path, f"{port.name} for {rows} rows of zeros is not finite {(rows, *port.shape[1:])}")

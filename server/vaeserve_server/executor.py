@@ -9,16 +9,25 @@ all it costs: no executor future, no lock.
 from __future__ import annotations
 
 import asyncio
+import itertools
+import logging
+import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from queue import SimpleQueue
 from threading import Barrier, Thread
 from typing import Protocol
+
+from vaeserve_server.errors import GraphRunError
 
 # From so many rows on a larger run costs hardly less a row, so there is nothing to hold out for.
 _ENOUGH_ROWS = 32
 # A loop that took in no rows for so many turns has none at hand. More than one, for a call takes several turns to come.
 _QUIET_TURNS = 4
+# At the end: how long runs that were told to stop may take over it.
+_LAST_RUNS_S = 5.0
+
+_log = logging.getLogger(__name__)
 
 
 class Run(Protocol):
@@ -29,6 +38,28 @@ class Run(Protocol):
 
     def complete(self) -> None:
         """Hand out what came of it, on the event loop."""
+
+    @property
+    def may_stall(self) -> bool:
+        """Return whether the work is on, and should end by itself. Asked on the event loop."""
+
+    def stall(self) -> None:
+        """Take it, on the event loop, that the work does not end. If it does after all, `complete` is called."""
+
+
+class Worker(Thread):
+    """One thread: how many runs it has begun, and which one it has in hand."""
+
+    def __init__(self, work: Callable[[Worker], None], name: str) -> None:
+        super().__init__(name=name, daemon=True)
+        self.runs = 0
+        self.run_in_hand: Run | None = None
+        self.lost = False
+        self._work_as = work
+
+    def run(self) -> None:
+        """Work."""
+        self._work_as(self)
 
 
 class RunSource(Protocol):
@@ -57,15 +88,33 @@ class RunPool:
         self._scheduled = False
         self._quiet_turns = 0
         self._runs: SimpleQueue[Run | None] = SimpleQueue()
-        self._workers = [Thread(target=self._work, name=f"run-{i}", daemon=True) for i in range(threads)]
-        for worker in self._workers:
-            worker.start()
+        self._names = map("run-{}".format, itertools.count())
+        self.workers: list[Worker] = []
+        for _ in range(threads):
+            self._hire()
 
     def wake(self, source: RunSource) -> None:
         """Note that `source` has work. What else the loop has at hand shares its run."""
         if source not in self._ready:
             self._ready.append(source)
         self._quiet_turns = 0
+        self._schedule()
+
+    def submit(self, run: Run) -> None:
+        """Have `run` done before what queues from now on."""
+        self._free -= 1
+        self._runs.put(run)
+
+    def replace(self, worker: Worker) -> None:
+        """Take a thread for lost in its run, and have another one instead. It comes back if the run ends after all."""
+        run = worker.run_in_hand
+        if run is None:
+            return
+        worker.lost = True
+        self.workers.remove(worker)
+        self._hire()
+        self._free += 1
+        run.stall()
         self._schedule()
 
     def run_in_each(self, work: Callable[[], None]) -> None:
@@ -78,19 +127,25 @@ class RunPool:
     async def _run_in_each(self, work: Callable[[], None]) -> None:
         together = Barrier(self.threads)  # or one thread would do the work of two
         runs = [_Everywhere(work, together, self.loop.create_future()) for _ in range(self.threads)]
-        self._free -= self.threads  # they go before what queues from now on
         for run in runs:
-            self._runs.put(run)
+            self.submit(run)
         for error in await asyncio.gather(*(run.error for run in runs)):
             if error is not None:
                 raise error
 
     async def close(self) -> None:
-        """End the threads, after the runs they have."""
-        for _ in self._workers:
+        """End the threads, after the runs they have; those that do not end are left to the end of the process."""
+        workers = list(self.workers)
+        for _ in workers:
             self._runs.put(None)
-        for worker in self._workers:
-            await asyncio.to_thread(worker.join)
+        left = await asyncio.to_thread(_join, workers, _LAST_RUNS_S)
+        if left:
+            _log.error("runs did not end", extra={"fields": {"threads": ", ".join(left)}})
+
+    def _hire(self) -> None:
+        worker = Worker(self._work, next(self._names))
+        self.workers.append(worker)
+        worker.start()
 
     def _schedule(self) -> None:
         if self._free > 0 and self._ready and not self._scheduled:
@@ -116,17 +171,34 @@ class RunPool:
             self._free -= 1
             self._runs.put(run)
 
-    def _finished(self, run: Run) -> None:
-        self._free += 1
+    def _finished(self, worker: Worker, run: Run) -> None:
+        if worker.lost:
+            worker.lost = False
+            self.workers.append(worker)
+            self._runs.put(None)  # for there is one in its place
+        else:
+            self._free += 1
         try:
             run.complete()
         finally:  # whatever happened to one run, the next ones go on
             self._schedule()
 
-    def _work(self) -> None:
+    def _work(self, worker: Worker) -> None:
         while (run := self._runs.get()) is not None:
+            worker.runs += 1
+            worker.run_in_hand = run
             run.execute()
-            self.loop.call_soon_threadsafe(self._finished, run)
+            worker.run_in_hand = None
+            self.loop.call_soon_threadsafe(self._finished, worker, run)
+        self.loop.call_soon_threadsafe(self.workers.remove, worker)
+
+
+def _join(workers: Sequence[Worker], limit_s: float) -> list[str]:
+    """Wait for threads to end; return the names of those that have not."""
+    deadline = time.monotonic() + limit_s
+    for worker in workers:
+        worker.join(max(0.0, deadline - time.monotonic()))
+    return [worker.name for worker in workers if worker.is_alive()]
 
 
 class _Everywhere:
@@ -137,9 +209,11 @@ class _Everywhere:
         self._together = together
         self._raised: Exception | None = None
         self.error = error
+        self.may_stall = False  # while it waits for the other threads
 
     def execute(self) -> None:
         self._together.wait()
+        self.may_stall = True
         try:
             self._work()
         except Exception as error:  # noqa: BLE001 - raised again where the work was asked for
@@ -148,3 +222,6 @@ class _Everywhere:
     def complete(self) -> None:
         if not self.error.done():
             self.error.set_result(self._raised)
+
+    def stall(self) -> None:
+        self.error.set_result(GraphRunError("the run does not end"))

@@ -103,6 +103,10 @@ class Graph:
         """End the runs that are on, at their next node, and all later ones: they raise NotServingError."""
         self._run_options.terminate = True
 
+    def resume(self) -> None:
+        """Let runs through again."""
+        self._run_options.terminate = False
+
     def unload(self) -> None:
         """Stop, and give the memory back as soon as no run is on."""
         self.stop()

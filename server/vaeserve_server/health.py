@@ -1,4 +1,4 @@
-"""grpc.health.v1: whether to send calls here, for the whole server ("") and for the service by name.
+"""grpc.health.v1: whether to send calls here: for the whole server (""), for each service, and for each model.
 
 The servicer of grpcio-health-checking forgets its other watchers when one leaves, and its Watch never ends, so that a
 drain would last until its limit; hence this one.
@@ -7,7 +7,7 @@ drain would last until its limit; hence this one.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Iterable, Mapping
 from typing import Any
 
 import grpc
@@ -24,6 +24,7 @@ class Health(health_pb2_grpc.HealthServicer):  # type: ignore[misc]  # the gener
 
     def __init__(self, services: Iterable[str]) -> None:
         self._services = ["", *services]
+        self._models: Mapping[str, bool] = {}
         self._serving = False
         self._closed = False
         self._changed = asyncio.Event()
@@ -38,6 +39,11 @@ class Health(health_pb2_grpc.HealthServicer):  # type: ignore[misc]  # the gener
         self._serving = serving
         self._notify()
 
+    def set_models(self, models: Mapping[str, bool]) -> None:
+        """Tell whether each model can answer, by the names under which it may be asked for."""
+        self._models = models
+        self._notify()
+
     def close(self) -> None:
         """NOT_SERVING, for good: every Watch says so and ends."""
         self._serving = False
@@ -46,7 +52,7 @@ class Health(health_pb2_grpc.HealthServicer):  # type: ignore[misc]  # the gener
 
     async def Check(self, request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:  # noqa: N802
         """Return the state of one service; NOT_FOUND if there is no such service."""
-        if request.service not in self._services:
+        if request.service not in self._services and request.service not in self._models:
             await context.abort(grpc.StatusCode.NOT_FOUND, f"there is no service {shown(request.service)}")
         return self._response(request.service)
 
@@ -64,9 +70,13 @@ class Health(health_pb2_grpc.HealthServicer):  # type: ignore[misc]  # the gener
             await changed.wait()
 
     def _response(self, service: str) -> Any:
-        if service not in self._services:
+        if service in self._services:
+            serving = self._serving and any(self._models.values())
+        elif service in self._models:
+            serving = self._serving and self._models[service]
+        else:
             return _Response(status=_Response.SERVICE_UNKNOWN)
-        return _Response(status=_Response.SERVING if self._serving else _Response.NOT_SERVING)
+        return _Response(status=_Response.SERVING if serving else _Response.NOT_SERVING)
 
     def _notify(self) -> None:
         self._changed.set()

@@ -110,7 +110,7 @@ class Loader:
         """Return one version as it lies there, or as it is served if it is unsound or just being copied."""
         loaded, refusal = self._loaded.get(key), self._refused.get(key)
         fingerprint = self._folder.fingerprint(key)
-        if loaded is not None and loaded.fingerprint == fingerprint:
+        if loaded is not None and loaded.fingerprint == fingerprint and not (again and loaded.engine.problem):
             self._refused.pop(key, None)
             return loaded
         if refusal is not None and refusal.fingerprint == fingerprint and not again:

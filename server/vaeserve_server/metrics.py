@@ -118,6 +118,9 @@ def _models(served: _Served) -> Iterator[Metric]:
         versions.add_metric([name], names.count(name))
     yield versions
     info = InfoMetricFamily("vaeserve_model", "What is served.", labels=_MODEL)
+    able = GaugeMetricFamily(
+        "vaeserve_model_serving", "0 where calls are refused because runs fail or do not end.", labels=_MODEL
+    )
     provider = InfoMetricFamily("vaeserve_provider", "What really runs the graphs.", labels=_MODEL)
     fell_back = GaugeMetricFamily(
         "vaeserve_fell_back_to_cpu", "1 where a GPU was wanted and could not be used.", labels=_MODEL
@@ -125,10 +128,11 @@ def _models(served: _Served) -> Iterator[Metric]:
     for engine, serving in served:
         labels = _labels(engine)
         info.add_metric(labels, {"digest": engine.card.digest})
+        able.add_metric(labels, float(not engine.problem))
         requested = {"provider": serving.provider, "requested_device": serving.requested_device}
         provider.add_metric(labels, requested)
         fell_back.add_metric(labels, float(serving.fell_back_to_cpu))
-    yield from (info, provider, fell_back)
+    yield from (info, able, provider, fell_back)
 
 
 def _graphs(served: _Served) -> Iterator[Metric]:

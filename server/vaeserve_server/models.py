@@ -17,9 +17,12 @@ from vaeserve_server.models_folder import Key, ModelsFolder
 from vaeserve_server.reloader import Reloader
 from vaeserve_server.repository import Repository
 from vaeserve_server.settings import Settings
+from vaeserve_server.watchdog import Watchdog
 
-OnChange = Callable[[Repository, Runtime], None]
+OnServe = Callable[[Repository, Runtime], None]
 """Called on the event loop with what is served from now on."""
+OnHealth = Callable[[Mapping[str, bool]], None]
+"""Called on the event loop with which models can answer, each as `name` (its newest version) and as `name/version`."""
 
 _log = logging.getLogger(__name__)
 
@@ -27,11 +30,13 @@ _log = logging.getLogger(__name__)
 class Models:
     """What is served now. `load`, and later `stop_watching`, `close`, `end`, once each; all on the event loop."""
 
-    def __init__(self, settings: Settings, on_change: OnChange) -> None:
+    def __init__(self, settings: Settings, on_serve: OnServe, on_health: OnHealth) -> None:
         self.repository: Repository | None = None
         self.pool: RunPool | None = None
         self._settings = settings
-        self._on_change = on_change
+        self._on_serve = on_serve
+        self._on_health = on_health
+        self._watchdog: Watchdog | None = None
         self._runtime: Runtime
         self._loader: Loader | None = None
         self._reloader: Reloader | None = None
@@ -41,6 +46,8 @@ class Models:
         """Load, warm and serve what the models folder has, and begin to watch it; StartError if nothing is sound."""
         self._runtime = await asyncio.to_thread(new_runtime, self._settings)
         self.pool = new_pool(self._settings, self._runtime)
+        if self._settings.watchdog_s:
+            self._watchdog = Watchdog(self.pool, self._settings.watchdog_s)
         self._loader = new_loader(self._settings, self._runtime, self.pool)
         self._serve(await asyncio.to_thread(self._loader.first))
         self._reloader = Reloader(self._loader, self._settings.watch_s, self._serve)
@@ -63,6 +70,8 @@ class Models:
 
     async def end(self) -> None:
         """End the threads, after the runs they have."""
+        if self._watchdog is not None:
+            self._watchdog.close()
         if self.pool is not None:
             await self.pool.close()
 
@@ -78,10 +87,20 @@ class Models:
     def _serve(self, repository: Repository) -> None:
         before = self.repository.engines if self.repository is not None else []
         self.repository = repository
-        self._on_change(repository, self._runtime)
+        self._on_serve(repository, self._runtime)
+        for engine in repository.engines:
+            engine.on_change = self._tell_health
+        self._tell_health()
         for engine in set(before) - set(repository.engines):
             self._retired.add(engine)
             engine.retire(partial(self._unloaded, engine))
+
+    def _tell_health(self) -> None:
+        states: dict[str, bool] = {}
+        for engine in self.repository.engines if self.repository is not None else ():  # newest first
+            states.setdefault(engine.card.name, not engine.problem)
+            states[engine.label] = not engine.problem
+        self._on_health(states)
 
     def _unloaded(self, engine: Engine) -> None:
         self._retired.discard(engine)
@@ -113,6 +132,7 @@ def new_loader(settings: Settings, runtime: Runtime, pool: RunPool) -> Loader:
         max_batch_rows=settings.max_batch_rows,
         max_queue_rows=settings.max_queue_rows,
         batch_wait_s=settings.batch_wait_us * 1e-6,
+        watchdog_s=settings.watchdog_s,
     )
 
     def new_engine(bundle: Bundle) -> Engine:

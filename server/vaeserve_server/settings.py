@@ -86,6 +86,8 @@ class Settings(BaseSettings):
     """Most rows in one run of a graph. 0 is 64 on a CPU, 256 on a GPU."""
     max_queue_rows: Count = 8192
     """Most rows waiting for each graph; a call beyond is refused at once and told when to try again."""
+    watchdog_s: Seconds = 30.0
+    """Longest time for one run of a graph. A model with a longer one is not served until it ends; 0 waits for ever."""
     batch_wait_us: Annotated[int, Field(ge=0, le=1_000_000)] = 0
     """Time that a call may wait for others to share its run. 0 never waits; the clock ticks in milliseconds."""
 

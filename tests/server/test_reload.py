@@ -281,7 +281,7 @@ def test_at_the_start_what_is_sound_is_served_and_the_rest_named(models: Path) -
 class FakeEngine:
     """What the loader knows of an engine."""
 
-    provider, precision, max_rows_per_call = "none", "fp32", 1
+    provider, precision, max_rows_per_call, problem = "none", "fp32", 1, ""
 
     def __init__(self, bundle: Bundle) -> None:
         self.card = bundle.card
