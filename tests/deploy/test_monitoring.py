@@ -1,4 +1,4 @@
-"""The dashboard and the alerts ask for what the server really exposes, and Prometheus understands them.
+"""The dashboard, the alerts and README speak of what the server really exposes, and Prometheus understands them.
 
 promtool and prometheus come with Debian's package prometheus; where they are not found, what needs them is skipped.
 """
@@ -20,10 +20,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 
 from serving import running_server
 from vaeserve import Client
 
+README = Path(__file__).parents[2] / "README.md"
 MONITORING = Path(__file__).parents[2] / "server" / "monitoring"
 DASHBOARD = MONITORING / "grafana" / "dashboards" / "vaeserve.json"
 DATASOURCE = MONITORING / "grafana" / "provisioning" / "datasources" / "prometheus.yml"
@@ -58,9 +60,9 @@ def tool(name: str) -> str:
     return path
 
 
-def promtool(*arguments: str | Path) -> None:
-    done = subprocess.run([tool("promtool"), *arguments], capture_output=True, text=True, timeout=60, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
+def promtool(*arguments: str | Path, stdin: bytes = b"") -> None:
+    done = subprocess.run([tool("promtool"), *arguments], input=stdin, capture_output=True, timeout=60, check=False)
+    assert done.returncode == 0, (done.stdout + done.stderr).decode()
 
 
 def test_panels_use_the_provisioned_datasource_and_do_not_overlap() -> None:
@@ -113,6 +115,12 @@ def free_port() -> int:
     return port
 
 
+def page(watched_server: tuple[str, str]) -> bytes:
+    with urllib.request.urlopen(f"http://{watched_server[1]}/metrics", timeout=10) as answer:
+        text: bytes = answer.read()
+    return text
+
+
 def call_everything(target: str) -> None:
     with Client(target) as client:
         codes = client.encode(np.zeros((64, 28, 28), np.uint8))
@@ -123,11 +131,56 @@ def call_everything(target: str) -> None:
 def test_dashboard_and_alerts_ask_for_what_the_server_exposes(watched_server: tuple[str, str]) -> None:
     from prometheus_client.parser import text_string_to_metric_families
 
-    with urllib.request.urlopen(f"http://{watched_server[1]}/metrics", timeout=10) as answer:
-        families = list(text_string_to_metric_families(answer.read().decode()))
+    families = list(text_string_to_metric_families(page(watched_server).decode()))
     exposed = {sample.name for family in families for sample in family.samples}
+    exposed |= {family.name for family in families if not family.samples}  # nothing to show on a healthy server
     asked = set(METRIC.findall(DASHBOARD.read_text())) | set(METRIC.findall(ALERTS.read_text()))
     assert asked <= exposed, f"not exposed: {sorted(asked - exposed)}"
+
+
+def test_metrics_are_named_as_prometheus_wants_it(watched_server: tuple[str, str]) -> None:
+    promtool("check", "metrics", stdin=page(watched_server))
+
+
+def test_readme_explains_every_metric_with_its_labels(watched_server: tuple[str, str]) -> None:
+    from prometheus_client.parser import text_string_to_metric_families
+
+    labels = {}
+    for family in text_string_to_metric_families(page(watched_server).decode()):
+        if family.name.startswith("vaeserve_"):
+            info = "_info" if family.type == "gauge" and family.name.endswith("_info") else ""
+            name = f"{family.name.removesuffix('_info')}{info}{'_total' if family.type == 'counter' else ''}"
+            labels[name] = {label for sample in family.samples for label in sample.labels} - {"le"}
+    labels["vaeserve_refused_versions"] = {"model", "version"}  # none is refused here
+    explained = {}
+    for names, by, tells, _ in readme_table():
+        assert tells
+        for name in re.findall(r"`(\w+)`", names):
+            explained[name] = set(re.findall(r"`(\w+)`", by))
+    assert explained.pop("process_resident_memory_bytes") == set()
+    assert explained == labels
+
+
+def test_readme_names_every_alert_and_how_long_it_waits() -> None:
+    (group,) = yaml.safe_load(ALERTS.read_text())["groups"]
+    waits = {rule["alert"]: _minutes(rule.get("for", "0m")) for rule in group["rules"]}
+    said = {}
+    for *_, alert in readme_table():
+        if alert:
+            name, _, words = alert.partition(": ")
+            minutes = re.search(r"for (\d+) min", words)
+            said[name] = int(minutes[1]) if minutes else 0
+    assert said == waits
+
+
+def _minutes(duration: str) -> int:
+    return int(duration[:-1]) * {"m": 1, "h": 60}[duration[-1]]
+
+
+def readme_table() -> list[list[str]]:
+    """The cells of README's table of metrics."""
+    lines = re.findall(r"^\| (`(?:vaeserve|process)_.*) \|$", README.read_text(), re.MULTILINE)
+    return [[cell.strip() for cell in line.split("|")] for line in lines]
 
 
 def test_every_panel_shows_data(watched_server: tuple[str, str], tmp_path: Path) -> None:
