@@ -154,9 +154,10 @@ def _oip_methods(service: VaeService, is_ready: Callable[[], bool]) -> list[Meth
         from vaeserve_server import oip  # noqa: PLC0415 - needs an extra
     except (ModuleNotFoundError, RuntimeError) as error:
         missing = error.__cause__ or error  # tritonclient makes the one of the other
-        if not isinstance(missing, ModuleNotFoundError) or (missing.name or "").startswith("vaeserve"):
+        root = ((isinstance(missing, ModuleNotFoundError) and missing.name) or "vaeserve").partition(".")[0]
+        if root.startswith("vaeserve"):
             raise
-        raise StartError(f'--oip needs {missing.name}; pip install "vaeserve[oip]"') from None
+        raise StartError(f'--oip needs {root}; pip install "vaeserve[oip]"') from None
     except VersionError:  # generated code that is newer than the protobuf under it
         raise StartError('--oip needs a newer protobuf; pip install --upgrade "vaeserve[oip]"') from None
     return oip.methods(service, is_ready)
