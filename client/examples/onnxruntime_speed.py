@@ -64,7 +64,7 @@ def main() -> None:
     bundle, provider, images_file = Path(sys.argv[1]), sys.argv[2], Path(sys.argv[3])
     if provider != CPU:
         onnxruntime.preload_dlls()
-    images = np.load(images_file).astype(np.float32) / np.float32(255)
+    images = np.load(images_file, allow_pickle=False).astype(np.float32) / np.float32(255)
     encoders = settings(bundle / "encoder.onnx", provider)
     decoders = settings(bundle / "decoder.onnx", provider)
     work = {"encode": (encoders, images), "decode": (decoders, encoders[0].run_all(images))}

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 import stat
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -19,8 +20,8 @@ from typing import Literal, NamedTuple
 from google.protobuf import json_format
 
 from vaeserve.v1 import vae_pb2
+from vaeserve_server import graph_scan
 from vaeserve_server.errors import BundleError, shown
-from vaeserve_server.external_data import external_tensor
 
 CARD_FILE = "model.json"
 SCHEMA_VERSION = 1
@@ -32,9 +33,13 @@ PRIOR = vae_pb2.GRAPH_ROLE_PRIOR
 
 NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 VERSION_PATTERN = re.compile(r"[1-9][0-9]{0,17}")
-_FILE_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*\.onnx")
+_FILE_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,200}\.onnx")
 _SHA256_PATTERN = re.compile(r"[0-9a-f]{64}")
-_MAX_CARD_BYTES = 16 * 2**20
+_MAX_CARD_BYTES = 4 * 2**20  # a few numbers for each latent, and the training configuration
+# Non-blocking: to open a pipe would wait for ever for somebody who writes to it. Windows has none but the last.
+_OPEN_FLAGS = os.O_RDONLY
+for _flag in ("O_NOFOLLOW", "O_NONBLOCK", "O_CLOEXEC", "O_BINARY"):
+    _OPEN_FLAGS |= getattr(os, _flag, 0)
 _MAX_GRAPH_BYTES = 2**31 - 1  # protobuf's own limit
 
 
@@ -182,30 +187,39 @@ def _read_graph(folder: Path, graph: vae_pb2.Graph) -> GraphFile:
             "changed; publish the model again",
         )
     try:
-        tensor = external_tensor(data)
+        problem = graph_scan.problem(data)
     except ValueError as error:
         raise BundleError(path, f"it is no ONNX graph: {error}") from None
-    if tensor is not None:
-        raise BundleError(path, f"tensor {shown(tensor)} is kept outside the file, where no digest covers it")
+    if problem is not None:
+        raise BundleError(path, problem)
     return GraphFile(path, data)
 
 
 def _read(folder: Path, name: str, limit_bytes: int) -> bytes:
-    """Return the bytes of a plain file that really lies in `folder`."""
+    """Return the bytes of a plain file that really lies in `folder`; opened once, so what is judged is what is read."""
     path = folder / name
     try:
-        if not path.resolve(strict=True).is_relative_to(folder.resolve()):
+        target = path.resolve(strict=True)  # links inside the bundle are how configuration volumes are mounted
+        if not target.is_relative_to(folder.resolve()):
             raise BundleError(path, "it is a link that leads out of its folder")
-        status = path.stat()
-        if not stat.S_ISREG(status.st_mode):  # a pipe would block for ever
-            raise BundleError(path, "it is no plain file")
-        if status.st_size > limit_bytes:
-            raise BundleError(path, f"it has {status.st_size} bytes; at most {limit_bytes} are read")
-        return path.read_bytes()
+        with os.fdopen(_open_plain(target, path), "rb") as file:
+            status = os.fstat(file.fileno())
+            data = file.read(limit_bytes + 1) if status.st_size <= limit_bytes else None
     except FileNotFoundError:
         raise BundleError(path, "it is missing; publish the model again") from None
     except (OSError, RuntimeError) as error:  # RuntimeError: a circle of links
         raise BundleError(path, f"it cannot be read ({error})") from None
+    if data is None or len(data) > limit_bytes:
+        raise BundleError(path, f"it has {status.st_size} bytes; at most {limit_bytes} are read")
+    return data
+
+
+def _open_plain(target: Path, path: Path) -> int:
+    descriptor = os.open(target, _OPEN_FLAGS)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise BundleError(path, "it is no plain file")
+    return descriptor
 
 
 def _ports(ports: Sequence[Port]) -> str:

@@ -96,9 +96,9 @@ class Engine:
         self.label = f"{self.card.name}/{self.card.version}"
         self.image_shape = tuple(self.card.image_shape)
         self.latent_shape = tuple(self.card.latent_shape)
-        self.max_rows_per_call = _max_rows(self, limits)
         batch_rows = limits.max_batch_rows or _BATCH_ROWS.get(runtime.provider, _BATCH_ROWS_CPU)
         self._graphs = graphs = {role: _load(bundle, role, runtime, batch_rows) for role in bundle.graphs}
+        self.max_rows_per_call = _max_rows(self, limits)  # of shapes that are the graphs' own by now
         self.provider = graphs[ENCODER].provider
         self.precision = runtime.precision
         for role, graph in graphs.items():

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from vaeserve_server.bundle import NAME_PATTERN, VERSION_PATTERN
+from vaeserve_server.bundle import CARD_FILE, NAME_PATTERN, VERSION_PATTERN
 from vaeserve_server.errors import NoModelsError, StartError
 
 _log = logging.getLogger(__name__)
@@ -57,7 +57,7 @@ class ModelsFolder:
         except OSError as error:
             raise StartError(f"models folder {self.path} cannot be read ({error})") from None
         if not published:
-            raise NoModelsError(f"models folder {self.path} has no model in it; {_HOW_TO_PUBLISH}")
+            raise NoModelsError(f"models folder {self.path} has no model in it; {self._hint()}")
         return published
 
     def fingerprint(self, key: Key) -> Fingerprint:
@@ -66,6 +66,15 @@ class ModelsFolder:
             return tuple(sorted(_state(entry) for entry in (self.path / key.name / key.version).iterdir()))
         except OSError:
             return ()
+
+    def _hint(self) -> str:
+        """Return what to do: people name the folder of one model, or of one version of it, and mean the one above."""
+        levels = {self.path: "../..", **dict.fromkeys(self.path.iterdir(), "..")}
+        for folder, above in levels.items():
+            if VERSION_PATTERN.fullmatch(folder.resolve().name) and (folder / CARD_FILE).is_file():
+                meant = (self.path / above).resolve()
+                return f"it is a model's own folder: name the one that it lies in, --models {meant}"
+        return _HOW_TO_PUBLISH
 
     def _folders(self, parent: Path, is_wanted: Callable[[str], object]) -> list[str]:
         wanted = []

@@ -14,9 +14,9 @@ import pytest
 from onnx import helper
 
 from bundles import DECODER, ENCODER, decoder, encoder, model, read_card, write_bundle, write_card
-from serving import running_server
+from refusals import refusal
 from vaeserve_server.bundle import read_bundle
-from vaeserve_server.errors import BundleError, StartError
+from vaeserve_server.errors import BundleError
 
 IMAGE, LATENT = (1, 4, 4), (3,)
 
@@ -33,15 +33,6 @@ def publish(models: Path, **options: object) -> Path:
 def edit_card(folder: Path, **fields: object) -> None:
     card = json.loads((folder / "model.json").read_text()) | fields
     (folder / "model.json").write_text(json.dumps(card))
-
-
-def refusal(models: Path) -> str:
-    """Start a real server; return why it refuses, which must be one line."""
-    with pytest.raises(StartError) as refused, running_server(models):
-        pytest.fail("the server started")
-    message = str(refused.value)
-    assert "\n" not in message
-    return message
 
 
 def _truncate(file: Path) -> None:
@@ -192,7 +183,7 @@ def test_a_custom_operator_is_refused(models: Path) -> None:
     graph.graph.node[0].domain = "com.example"
     graph.opset_import.append(helper.make_opsetid("com.example", 1))
     folder = publish(models, graphs={ENCODER: graph})
-    assert refusal(models).startswith(f"{folder / 'encoder.onnx'}: ONNX Runtime does not take the graph")
+    assert refusal(models).startswith(f"{folder / 'encoder.onnx'}: it asks for operator 'Flatten' of domain 'com.exam")
 
 
 def test_a_graph_whose_shapes_lie_is_found_when_it_warms(models: Path) -> None:
@@ -235,6 +226,13 @@ def test_no_models_folder_and_an_empty_one_say_what_to_do(models: Path) -> None:
     (models / "mnist/not-a-version").mkdir(parents=True)
     (models / ".unfinished/1").mkdir(parents=True)
     assert f"models folder {models} has no model in it; train one with" in refusal(models)
+
+
+@pytest.mark.parametrize("deeper", ["mnist", "mnist/1"])
+def test_a_folder_below_the_models_folder_says_which_is_meant(models: Path, deeper: str) -> None:
+    publish(models)
+    expected = f"has no model in it; it is a model's own folder: name the one that it lies in, --models {models}"
+    assert refusal(models / deeper).endswith(expected)
 
 
 def test_an_error_names_no_more_than_the_start_of_a_hostile_name(models: Path) -> None:

@@ -1,32 +1,44 @@
-"""Finding tensors that an ONNX file keeps outside itself, before ONNX Runtime reads a byte of it.
+"""Finding what an ONNX file may not have, before ONNX Runtime reads a byte of it.
 
 A bundle's digests cover its files, so a graph whose weights lie in another file (or at an address in memory, which ONNX
-Runtime spells as a file name) would run unverified data. The server does not install `onnx`; this walks the protobuf
-wire format (protobuf.dev/programming-guides/encoding) down the few fields of onnx.proto that lead to a TensorProto.
+Runtime spells as a file name) would run unverified data. A graph is data, too, and ONNX's own operators are all that it
+may ask for: one of another domain is code that somebody registered, some of which opens files by itself. And a sparse
+tensor of a few bytes may claim terabytes. No exporter here makes any of these.
+
+The server does not install `onnx`; this walks the protobuf wire format (protobuf.dev/programming-guides/encoding) down
+the few fields of onnx.proto that matter.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
+from vaeserve_server.errors import shown
+
 # Message -> field number -> message it holds. Field numbers are onnx.proto's.
 _CHILDREN = {
     "Model": {7: "Graph", 20: "Training", 25: "Function"},
     "Training": {1: "Graph", 2: "Graph"},
-    "Function": {7: "Node", 11: "Attribute"},
+    "Function": {},
     "Graph": {1: "Node", 5: "Tensor", 15: "SparseTensor"},
     "Node": {5: "Attribute"},
     "Attribute": {5: "Tensor", 6: "Graph", 10: "Tensor", 11: "Graph", 22: "SparseTensor", 23: "SparseTensor"},
-    "SparseTensor": {1: "Tensor", 2: "Tensor"},
+    "SparseTensor": {},
     "Tensor": {},
 }
+_WHOLE = {
+    "Function": "it defines operators of its own; inline them",
+    "SparseTensor": "it has a sparse tensor, whose size its file does not bound; make it dense",
+}
 _TENSOR_NAME, _TENSOR_EXTERNAL_DATA, _TENSOR_DATA_LOCATION = 8, 13, 14
+_NODE_OPERATOR, _NODE_DOMAIN = 4, 7
+_OWN_DOMAINS = {"", "ai.onnx"}
 _VARINT, _FIXED64, _LENGTH, _FIXED32 = 0, 1, 2, 5
 _MAX_DEPTH = 64
 
 
-def external_tensor(graph: bytes) -> str | None:
-    """Return the name of a tensor whose data is outside `graph`, a serialised ModelProto; None if there is none.
+def problem(graph: bytes) -> str | None:
+    """Return what `graph`, a serialised ModelProto, has that it may not have; None if there is nothing.
 
     ValueError if the bytes are not the wire format, or nest deeper than any honest graph.
     """
@@ -39,19 +51,46 @@ def external_tensor(graph: bytes) -> str | None:
 def _search(message: memoryview, kind: str, depth: int) -> str | None:
     if depth > _MAX_DEPTH:
         raise ValueError(f"it nests deeper than {_MAX_DEPTH} messages")
+    if kind in _WHOLE:
+        return _WHOLE[kind]
+    if kind == "Tensor":
+        return _tensor_problem(message)
+    if kind == "Node" and (found := _operator_problem(message)) is not None:
+        return found
     children = _CHILDREN[kind]
+    for field, value in _fields(message):
+        if field in children and isinstance(value, memoryview):
+            found = _search(value, children[field], depth + 1)
+            if found is not None:
+                return found
+    return None
+
+
+def _tensor_problem(message: memoryview) -> str | None:
     name, outside = "", False
     for field, value in _fields(message):
-        if isinstance(value, memoryview):
-            if kind == "Tensor" and field == _TENSOR_NAME:
-                name = bytes(value[:64]).decode(errors="replace")
-            elif kind == "Tensor" and field == _TENSOR_EXTERNAL_DATA:
-                outside = True
-            elif field in children and (found := _search(value, children[field], depth + 1)) is not None:
-                return found
-        elif kind == "Tensor" and field == _TENSOR_DATA_LOCATION and value != 0:
+        if field == _TENSOR_NAME and isinstance(value, memoryview):
+            name = _text(value)
+        elif field == _TENSOR_EXTERNAL_DATA or (field == _TENSOR_DATA_LOCATION and value != 0):
             outside = True
-    return (name or "(unnamed)") if outside else None
+    if not outside:
+        return None
+    return f"tensor {shown(name) if name else '(unnamed)'} is kept outside the file, where no digest covers it"
+
+
+def _operator_problem(message: memoryview) -> str | None:
+    texts = {_NODE_OPERATOR: "", _NODE_DOMAIN: ""}
+    for field, value in _fields(message):
+        if field in texts and isinstance(value, memoryview):
+            texts[field] = _text(value)
+    if texts[_NODE_DOMAIN] in _OWN_DOMAINS:
+        return None
+    asked = f"operator {shown(texts[_NODE_OPERATOR])} of domain {shown(texts[_NODE_DOMAIN])}"
+    return f"it asks for {asked}; a graph may use ONNX's own operators only"
+
+
+def _text(value: memoryview) -> str:
+    return bytes(value[:200]).decode(errors="replace")
 
 
 def _fields(message: memoryview) -> Iterator[tuple[int, int | memoryview]]:
