@@ -7,6 +7,10 @@ BIN    := $(VENV)/bin
 ARGS   ?=
 NODE_EXAMPLE := client/examples/node
 
+# Tests run on several cores, a file at a time each; one thread in PyTorch, or the processes fight for the cores.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+CORES  := -n auto --maxprocesses 4 --dist loadfile
+
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
@@ -40,7 +44,7 @@ serve: $(VENV)/.user ## Serve ./models on 127.0.0.1:50051
 test: $(VENV)/.dev ## Lint, types and the whole test suite
 	@$(MAKE) --no-print-directory lint
 	@! command -v npm >/dev/null || $(MAKE) --no-print-directory node || echo "The Node.js example is not tested." >&2
-	@$(BIN)/python -m pytest $(ARGS)
+	@$(PYTEST) $(CORES) $(ARGS)
 
 bench: $(VENV)/.user ## How fast ./models is served, in ratios: runs/bench/results.json (ARGS="--quick" for a smoke)
 	@$(BIN)/python tests/benchmarks/bench.py $(ARGS)
@@ -67,7 +71,7 @@ protos-released: $(VENV)/.dev ## Record today's contract as the one that must no
 	@$(BIN)/buf build protos -o protos/released.binpb
 
 test-envoy: $(VENV)/.dev ## The server's and the client's tests with the server behind Envoy
-	@$(BIN)/python -m pytest --transport envoy tests/server tests/client $(ARGS)
+	@$(PYTEST) $(CORES) --transport envoy tests/server tests/client $(ARGS)
 
 fuzz: $(VENV)/.dev ## Hostile requests to every RPC, 200 000 unless told (ARGS="20000 --transport envoy")
 	@PYTHONPATH=tests:tests/server $(BIN)/python tests/server/fuzz.py $(ARGS)
@@ -80,7 +84,7 @@ test-protobuf7: ## The SDK alone, in an environment of its own with protobuf 7
 test-compose: $(VENV)/.dev ## The containers for real: build, train, serve, call, restart, down (needs a docker engine)
 	@docker info >/dev/null && docker compose version >/dev/null || \
 	  { echo "make test-compose needs a docker engine (docker info must work) with compose v2" >&2; exit 1; }
-	@VAESERVE_TEST_COMPOSE=1 $(BIN)/python -m pytest tests/deploy/test_compose.py $(ARGS)
+	@VAESERVE_TEST_COMPOSE=1 $(PYTEST) tests/deploy/test_compose.py $(ARGS)
 
 node: $(NODE_EXAMPLE)/node_modules/.package-lock.json ## What the Node.js example and its test need, as locked (npm)
 

@@ -109,7 +109,8 @@ def test_words_about_a_status_of_the_server_are_the_servers(server, connect):
 
 
 @pytest.mark.parametrize(
-    "kind", {*EXPECTED.values(), errors.ClientClosed, errors.VaeserveError}, ids=lambda k: k.__name__
+    "kind",
+    sorted({*EXPECTED.values(), errors.ClientClosed, errors.VaeserveError}, key=lambda kind: kind.__name__),
 )
 def test_exceptions_survive_pickling(kind):
     error = kind(
