@@ -59,7 +59,7 @@ class Server:
         self._service = VaeService()
         methods = native_methods(self._service)
         if settings.oip:
-            methods += _oip_methods(self._service, lambda: self._health.serving)
+            methods += _oip_methods(self._service, lambda name: self._health.is_serving(name))  # noqa: PLW0108 - not yet
         self._calls = Calls(methods)
         self._health = Health(self._calls.services)
         self._tracer: CallTracer | None = None
@@ -149,7 +149,7 @@ class Server:
         await self.models.load()
 
 
-def _oip_methods(service: VaeService, is_ready: Callable[[], bool]) -> list[Method]:
+def _oip_methods(service: VaeService, is_serving: Callable[[str], bool]) -> list[Method]:
     try:
         from vaeserve_server import oip  # noqa: PLC0415 - needs an extra
     except (ModuleNotFoundError, RuntimeError) as error:
@@ -160,7 +160,7 @@ def _oip_methods(service: VaeService, is_ready: Callable[[], bool]) -> list[Meth
         raise StartError(f'--oip needs {root}; pip install "vaeserve[oip]"') from None
     except VersionError:  # generated code that is newer than the protobuf under it
         raise StartError('--oip needs a newer protobuf; pip install --upgrade "vaeserve[oip]"') from None
-    return oip.methods(service, is_ready)
+    return oip.methods(service, is_serving)
 
 
 def _new_tracer() -> CallTracer:

@@ -29,10 +29,11 @@ class Health(health_pb2_grpc.HealthServicer):  # type: ignore[misc]  # the gener
         self._closed = False
         self._changed = asyncio.Event()
 
-    @property
-    def serving(self) -> bool:
-        """Whether to send calls here."""
-        return self._serving
+    def is_serving(self, service: str) -> bool:
+        """Return whether to send calls to a service or model here: False for one that is not here."""
+        if service in self._services:
+            return self._serving and any(self._models.values())
+        return self._serving and self._models.get(service, False)
 
     def set_serving(self, serving: bool) -> None:
         """Tell everybody who asks or watches."""
@@ -70,13 +71,9 @@ class Health(health_pb2_grpc.HealthServicer):  # type: ignore[misc]  # the gener
             await changed.wait()
 
     def _response(self, service: str) -> Any:
-        if service in self._services:
-            serving = self._serving and any(self._models.values())
-        elif service in self._models:
-            serving = self._serving and self._models[service]
-        else:
+        if service not in self._services and service not in self._models:
             return _Response(status=_Response.SERVICE_UNKNOWN)
-        return _Response(status=_Response.SERVING if serving else _Response.NOT_SERVING)
+        return _Response(status=_Response.SERVING if self.is_serving(service) else _Response.NOT_SERVING)
 
     def _notify(self) -> None:
         self._changed.set()

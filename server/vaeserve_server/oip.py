@@ -43,9 +43,12 @@ _INSTEAD = {
 }
 
 
-def methods(service: VaeService, is_ready: Callable[[], bool]) -> list[Method]:
-    """Return the protocol's methods on the engines of `service`; those that are not offered refuse politely."""
-    face = _Inference(service, is_ready)
+def methods(service: VaeService, is_serving: Callable[[str], bool]) -> list[Method]:
+    """Return the protocol's methods on the engines of `service`; those that are not offered refuse politely.
+
+    `is_serving` is the health service's answer to a service's name, and to a model's.
+    """
+    face = _Inference(service, is_serving)
     answers: dict[str, Callable[[Any, float], Awaitable[Any]]] = {
         "ServerLive": face.server_live,
         "ServerReady": face.server_ready,
@@ -70,9 +73,9 @@ def methods(service: VaeService, is_ready: Callable[[], bool]) -> list[Method]:
 class _Inference:
     """The RPCs that are offered. Each takes its request and a deadline in the event loop's time."""
 
-    def __init__(self, service: VaeService, is_ready: Callable[[], bool]) -> None:
+    def __init__(self, service: VaeService, is_serving: Callable[[str], bool]) -> None:
         self._service = service
-        self._is_ready = is_ready
+        self._is_serving = is_serving
 
     async def server_live(self, request: Any, deadline: float) -> Any:
         """Say yes."""
@@ -80,15 +83,15 @@ class _Inference:
 
     async def server_ready(self, request: Any, deadline: float) -> Any:
         """Say whether to send calls here, as the standard health service does."""
-        return pb.ServerReadyResponse(ready=self._is_ready())
+        return pb.ServerReadyResponse(ready=self._is_serving(""))
 
     async def model_ready(self, request: Any, deadline: float) -> Any:
-        """Say whether ModelInfer would find the model. One that is unknown is not ready; that is no error."""
+        """Say the same of a model. One that is unknown is not ready; that is no error."""
         try:
-            self._resolve(request.name, request.version)
+            _, engine = self._resolve(request.name, request.version)
         except CallError:
             return pb.ModelReadyResponse(ready=False)
-        return pb.ModelReadyResponse(ready=self._is_ready())
+        return pb.ModelReadyResponse(ready=self._is_serving(engine.label))
 
     async def server_metadata(self, request: Any, deadline: float) -> Any:
         """Name the server and the protocol's extensions that it has."""
@@ -129,7 +132,8 @@ class _Inference:
         for engine in self._service.repository().engines:
             for view in VIEWS:
                 name = f"{engine.card.name}-{view.role}"
-                index.models.add(name=name, version=engine.card.version, state="READY")
+                state = "UNAVAILABLE" if engine.problem else "READY"
+                index.models.add(name=name, version=engine.card.version, state=state, reason=engine.problem)
         return index
 
     async def model_infer(self, request: Any, deadline: float) -> Any:

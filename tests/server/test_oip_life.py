@@ -116,6 +116,28 @@ def test_readiness_is_that_of_the_health_service(several_models: Path, monkeypat
     assert seen == [*loading, *serving, *leaving]
 
 
+@pytest.mark.in_process
+def test_a_model_out_of_service_is_not_ready(several_models: Path) -> None:
+    def hang(server: Server) -> bool:
+        assert server.models.repository is not None
+        engine = server.models.repository.resolve("mnist", "1", "")
+        engine.problem = "a run does not end"
+        engine.on_change()
+        return True
+
+    with running_server(several_models, oip=True) as server, InferenceServerClient(server.target) as client:
+        assert client.is_model_ready("mnist-decoder", "1")
+        server.until(hang)
+        assert not client.is_model_ready("mnist-decoder", "1")
+        assert client.is_model_ready("mnist-decoder")
+        assert client.is_server_ready()
+        index = client.get_model_repository_index()
+        unavailable = {(model.name, model.version, model.reason) for model in index.models if model.state != "READY"}
+        assert unavailable == {
+            (f"mnist-{role}", "1", "a run does not end") for role in ("encoder", "decoder", "sampler")
+        }
+
+
 def test_without_the_setting_nothing_of_it_is_loaded() -> None:
     program = "import sys, vaeserve_server.start; print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True)
