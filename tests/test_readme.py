@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tomllib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -65,15 +66,16 @@ def test_every_block_is_of_a_kind_that_is_checked() -> None:
 
 def test_python_blocks_run_against_a_server(models_dir: Path) -> None:
     assert blocks("python")
-    with running_server(models_dir) as server:
+    names: dict[str, Any] = {}
+    with running_server(models_dir, oip=True) as server:
         for text in blocks("python"):
             assert TARGET in text
-            names: dict[str, NDArray[np.float32]] = {}
             exec(compile(text.replace(TARGET, server.target), "README.md", "exec"), names)
     assert names["fresh"].shape == (64, 1, 28, 28)
     assert names["copies"].shape == (64, 1, 28, 28)
     assert np.array_equal(names["fresh"][:8], names["again"])
     assert names["between"].shape == (8, 1, 28, 28)
+    assert np.array_equal(names["decoded"], np.rint(names["again"] * 255))
 
 
 def test_command_line_blocks_run_as_they_stand(models_dir: Path, tmp_path: Path) -> None:
