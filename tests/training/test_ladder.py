@@ -14,7 +14,7 @@ import torch
 from headless import find_browser, open_page
 from vaeserve_training.__main__ import main
 from vaeserve_training.compute import cpu_threads
-from vaeserve_training.config import DataConfig, ModelConfig, preset
+from vaeserve_training.config import DataConfig, ModelConfig, PriorConfig, preset
 from vaeserve_training.data import load
 from vaeserve_training.ladder import cache, climb, codes, page, specs, training
 from vaeserve_training.ladder.lab import Lab
@@ -48,6 +48,7 @@ HANDFUL = QUICK.model_copy(
         "vector_sizes": (1, 2, 8),
         "vector_steps": 320,
         "samples": 256,
+        "prior": PriorConfig(couplings=2, hidden=32, steps=150, batch_size=128),
         "draws": 200,
         "neg_elbo_bound_nats": 155.0,
     }

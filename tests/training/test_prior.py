@@ -32,7 +32,7 @@ from vaeserve_training.fit import fit
 from vaeserve_training.objectives import Posterior, standard_normal_log_density
 from vaeserve_training.onnx_graphs import ExportError
 from vaeserve_training.prior import FlowPrior
-from vaeserve_training.prior_fit import FittedPrior, _fit, fit_prior
+from vaeserve_training.prior_fit import FittedPrior, fit_flow, fit_prior
 
 QUICK = PriorConfig(couplings=4, hidden=32, steps=300, batch_size=256, learning_rate=3e-3)
 
@@ -98,7 +98,7 @@ def test_a_fit_finds_a_mixture_that_the_standard_normal_misses() -> None:
     centres = torch.tensor([[1.5, 0.5], [-1.5, 0.5], [0.0, -1.0]])
     mean = centres[torch.randint(3, (3000,), generator=source)]
     posterior = Posterior(mean, torch.full_like(mean, math.log(0.09)))
-    flow = _fit(FlowPrior(QUICK, 2), posterior, QUICK, None).requires_grad_(False)
+    flow = fit_flow(posterior, QUICK)
     latent = centres[torch.randint(3, (4000,), generator=source)] + 0.3 * torch.randn(4000, 2, generator=source)
     each = torch.stack([standard_normal_log_density((latent - one) / 0.3) for one in centres]) - 2 * math.log(0.3)
     entropy = -(each.logsumexp(0) - math.log(3)).mean().item()

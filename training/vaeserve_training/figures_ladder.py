@@ -45,6 +45,7 @@ _MIN_WIDTH_PX = 560  # narrower, and the note would take many lines
 _PANEL_INCHES = (4.6, 3.5)
 _MOST_MARKERS = 25  # points of a line above which markers would hide it
 _FEW_DECADES = 200  # ratio of an axis's ends below which powers of ten alone are too few ticks
+_OVER_LINES = {"facecolor": "white", "edgecolor": "none", "alpha": 0.7, "pad": 0.5}
 # From the palette, dark enough for lines on white and told apart with every common kind of colour blindness.
 _LINE_COLOURS = (PALETTE[0], PALETTE[6], PALETTE[3], PALETTE[4], PALETTE[7], PALETTE[2])
 
@@ -240,7 +241,7 @@ def _draw_panel(axes: Axes, panel: Panel) -> None:
     for label, value in panel.references:
         axes.axhline(value, color="#555555", linewidth=1, linestyle="--")
         axes.annotate(label, (0, value), xycoords=("axes fraction", "data"), xytext=(4, 3), ha="left", fontsize=8,
-                      textcoords="offset points", color="#555555")  # fmt: skip
+                      textcoords="offset points", color="#555555", bbox=_OVER_LINES)  # fmt: skip
     for axis, is_log in ((axes.xaxis, panel.log_x), (axes.yaxis, panel.log_y)):
         if is_log:
             _label_log_axis(axis)
@@ -253,7 +254,7 @@ def _draw_panel(axes: Axes, panel: Panel) -> None:
     axes.set_ylabel(panel.y_label)
     style_axes(axes, panel.title)
     if sum(bool(series.label) for series in panel.series) > 1 and not panel.ordered:
-        axes.legend(frameon=False, fontsize=8, labelcolor=TEXT_COLOUR)
+        axes.legend(framealpha=0.8, edgecolor="none", fontsize=8, labelcolor=TEXT_COLOUR)
 
 
 def _draw_series(axes: Axes, series: Series, colour: Colour, marker: str) -> None:

@@ -71,17 +71,15 @@ def fit_prior(
     device = next(model.vae.parameters()).device
     posterior = bound(model.vae, data.train, model.config.objective.likelihood, seed=config.seed).posterior
     posterior = Posterior(*(part.float().to(device) for part in posterior))
+    return FittedPrior(fit_flow(posterior, config, advance=advance), config, model.weights_sha256)
+
+
+def fit_flow(posterior: Posterior, config: PriorConfig, *, advance: Callable[[int], None] | None = None) -> FlowPrior:
+    """Fit a flow to the mixture of these posteriors, (N, D), on their device, and return it on the CPU."""
+    device = posterior.mean.device
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed_of(config.seed, Stream.PRIOR))
-        flow = FlowPrior(config, model.vae.latent_size).to(device)
-    fitted = _fit(flow, posterior, config, advance)
-    return FittedPrior(fitted.cpu().eval().requires_grad_(False), config, model.weights_sha256)
-
-
-def _fit(
-    flow: FlowPrior, posterior: Posterior, config: PriorConfig, advance: Callable[[int], None] | None
-) -> FlowPrior:
-    device = posterior.mean.device
+        flow = FlowPrior(config, posterior.mean.shape[1]).to(device)
     rows = torch.arange(len(posterior.mean), device=device)
     chosen = rows % _HELD_OUT == 0
     judge = _draw(posterior, rows[chosen], generator(config.seed, Stream.PRIOR, 0, device=device))
@@ -106,7 +104,7 @@ def _fit(
                 best, best_nats = copy.deepcopy(flow), nats
         if advance:
             advance(1)
-    return best
+    return best.cpu().eval().requires_grad_(False)
 
 
 def _draw(posterior: Posterior, rows: Tensor, source: torch.Generator) -> Tensor:

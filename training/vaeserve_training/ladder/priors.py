@@ -7,8 +7,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from vaeserve_training.compute import cpu_threads
 from vaeserve_training.ladder.lab import Draw, Lab
 from vaeserve_training.ladder.systems import System
+from vaeserve_training.prior_fit import fit_flow
 
 Prior = Callable[[Lab, System, int, int], Tensor]  # lab, system, count, seed -> latents (count, D)
 
@@ -27,6 +29,16 @@ def fitted_gaussian(lab: Lab, system: System, count: int, seed: int) -> Tensor:
     return (codes.mean(0) + unit_gaussian(lab, system, count, seed).double() @ factor.T).float()
 
 
+def fitted_flow(lab: Lab, system: System, count: int, seed: int) -> Tensor:
+    """Return draws from a flow fitted to the system's codes of the training images: the bundle's prior, prior.py."""
+    config = lab.scale.prior.model_copy(update={"seed": seed})
+    with cpu_threads(1):
+        flow = fit_flow(system.posteriors(lab.train_pixels), config)
+        latent: Tensor = flow(unit_gaussian(lab, system, count, seed))
+    return latent
+
+
 UNIT = "N(0, I)"
 FITTED = "Gaussian fitted to its codes"
-PRIORS: dict[str, Prior] = {UNIT: unit_gaussian, FITTED: fitted_gaussian}
+FLOW = "flow fitted to its codes"
+PRIORS: dict[str, Prior] = {UNIT: unit_gaussian, FITTED: fitted_gaussian, FLOW: fitted_flow}

@@ -88,7 +88,7 @@ STEPS: dict[int, Step] = {
             codes="To generate, the code is a draw from a prior and no encoder is needed.",
             systems=generate.generating_systems,
             measure=generate.measure_generation,
-            measure_s=12,
+            measure_s=45,
             classifier=True,
         ),
         Step(

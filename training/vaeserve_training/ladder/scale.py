@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 
-from vaeserve_training.config import ModelConfig, Section, TrainConfig, preset
+from vaeserve_training.config import ModelConfig, PriorConfig, Section, TrainConfig, preset
 from vaeserve_training.data import ImageData
 
 
@@ -47,6 +47,8 @@ class Scale(Section):
     """Step 3: optimiser steps."""
     samples: int
     """Images a side wherever two sets of images are compared."""
+    prior: PriorConfig
+    """Step 6: the flow that is fitted to codes."""
     draws: int
     """Draws of each estimate of mutual information."""
     classifier_epochs: int
@@ -89,6 +91,7 @@ QUICK = Scale(
     vector_sizes=(1, 2, 4, 8, 16),
     vector_steps=1000,
     samples=5_000,
+    prior=PriorConfig(couplings=6, hidden=64, steps=1500, batch_size=256),
     draws=5_000,
     classifier_epochs=3,
     neg_elbo_bound_nats=120.0,
@@ -108,6 +111,7 @@ FULL = QUICK.model_copy(
         "snapshots": (0, 10, 30, 100, 300, 1000, 3000),
         "vector_steps": 3_000,
         "samples": 10_000,
+        "prior": PriorConfig(),
         "draws": 10_000,
         "neg_elbo_bound_nats": 96.0,
     }

@@ -8,9 +8,9 @@ from torch import Tensor, nn
 from vaeserve_training import models, objectives
 from vaeserve_training.config import Section, TrainConfig
 from vaeserve_training.data import ImageData
-from vaeserve_training.ladder.codes import Code, CodeName, NoisyEncoderCode, Source, make_source
+from vaeserve_training.ladder.codes import Code, CodeName, EncoderCode, NoisyEncoderCode, Source, make_source
 from vaeserve_training.models import Decoder, Vae
-from vaeserve_training.objectives import Observation, observe
+from vaeserve_training.objectives import Observation, Posterior, observe
 from vaeserve_training.randomness import Stream, image_noise, seed_of
 
 _BATCH = 500  # images decoded or encoded at once
@@ -84,6 +84,16 @@ class System(nn.Module):
             noise = torch.zeros(len(pixels), self.latent_size)
         batches = zip(*(torch.split(part, _BATCH) for part in (image, rows, noise)), strict=True)
         return torch.cat([self.code(*batch).latent for batch in batches])
+
+    @torch.no_grad()
+    def posteriors(self, pixels: Tensor) -> Posterior:
+        """Return the Gaussians (N, D) that codes of uint8 images are drawn from; an autoencoder's have no width."""
+        if not isinstance(self.source, EncoderCode | NoisyEncoderCode):
+            raise TypeError(f"a system with codes from {self.spec.codes!r} has no encoder")
+        parts = [self.source.encoder(batch) for batch in torch.split(self.observe(pixels).encoder_input, _BATCH)]
+        mean, log_variance = (torch.cat(column) for column in zip(*parts, strict=True))
+        exact = isinstance(self.source, EncoderCode)
+        return Posterior(mean, log_variance.fill_(models.LOG_VARIANCE_RANGE[0]) if exact else log_variance)
 
     @torch.no_grad()
     def logits(self, latent: Tensor) -> Tensor:
