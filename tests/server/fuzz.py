@@ -14,8 +14,7 @@ import tempfile
 from pathlib import Path
 
 from bundles import write_several
-from fuzzing import FuzzError, fuzz, memory, table
-from served import Served
+from fuzzing import FuzzError, fuzz, memory, serve, table
 
 GROWTH = 1.1
 
@@ -28,7 +27,7 @@ def main() -> int:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         models = write_several(Path(folder) / "models")
-        with Served(models, options.transport, max_rows_per_call=100, threads=1) as served:
+        with serve(models, options.transport) as served:
             try:
                 tally = fuzz(served, models, options.cases, first_seed=options.seed, say=_overwrite)
             except FuzzError as error:

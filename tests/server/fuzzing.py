@@ -5,6 +5,7 @@ What may be called, and with what messages, is learnt from the server's own refl
 
 from __future__ import annotations
 
+import importlib.util
 import random
 import time
 from collections import Counter
@@ -15,12 +16,12 @@ from typing import Any, NamedTuple
 
 import grpc
 import numpy as np
-from google.protobuf import json_format, message_factory
 from google.protobuf.message import Message
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 
 from bundles import DECODER, ENCODER, run_directly
+from good_requests import good_requests
 from hostile import messages, mutated
 from reflection_client import ReflectionClient
 from served import Served
@@ -43,6 +44,7 @@ WELL_FORMED, MALFORMED = "well-formed", "malformed"
 _TIMEOUT_S = 60.0
 _IN_FLIGHT = 64
 _MUTANTS = 3  # of each message
+_SHARES = 5  # of an RPC whose good requests are known; there is little to be found in the others
 
 
 class FuzzError(AssertionError):
@@ -81,13 +83,19 @@ class Tally:
         return sum(self.statuses.values())
 
 
+def serve(models: Path, transport: str) -> Served:
+    """Return a server to be fuzzed, with all that it can offer."""
+    oip = importlib.util.find_spec("tritonclient") is not None
+    return Served(models, transport, max_rows_per_call=100, threads=1, oip=oip)
+
+
 def discover(channel: grpc.Channel) -> list[Rpc]:
     """Return every method that the server's reflection tells of."""
     client = ReflectionClient(channel)
     return [
         Rpc(
             f"/{service}/{method.name}",
-            _examples(method.input_type),
+            good_requests(method.input_type),
             method.client_streaming,
             method.server_streaming,
         )
@@ -106,6 +114,7 @@ def cases(rpcs: list[Rpc]) -> st.SearchStrategy[list[Case]]:
         return [Case(rpc, WELL_FORMED, data, compressed), *(Case(rpc, MALFORMED, each, compressed) for each in mutants)]
 
     numbers = st.integers(0, 2**32 - 1)
+    rpcs = [rpc for rpc in rpcs for _ in range(1 if rpc.examples[0] == type(rpc.examples[0])() else _SHARES)]
     return st.one_of([st.builds(build, st.just(rpc), messages(rpc.examples), numbers) for rpc in rpcs])
 
 
@@ -256,42 +265,3 @@ def _settle(waiting: list[tuple[Case, Any]], tally: Tally) -> None:
     for case, call in waiting:
         tally.statuses[case.rpc.path, case.kind, _code(case, call)] += 1
     waiting.clear()
-
-
-def _examples(message: Any) -> list[Message]:
-    """Return good requests of a type; where none is known, the empty one."""
-    made = message_factory.GetMessageClass(message)
-    known = [json_format.ParseDict(example, made()) for example in _GOOD.get(message.full_name, [])]
-    return known or [made()]
-
-
-def _tensor(array: np.ndarray) -> dict[str, Any]:
-    return json_format.MessageToDict(tensors.to_tensor(array))
-
-
-_MNIST, _FACES = {"name": "mnist"}, {"name": "faces", "version": "9", "digest": "d" * 64}
-_SAMPLE = {"model": _MNIST, "count": 3, "seed": "7"}
-_GOOD: dict[str, list[dict[str, Any]]] = {
-    "vaeserve.v1.EncodeRequest": [
-        {"model": _MNIST, "images": _tensor(np.zeros((1, 1, 28, 28), np.uint8))},
-        {"model": _MNIST, "images": _tensor(np.ones((2, 1, 28, 28), np.float16)), "wantLatents": True, "seed": "7"},
-        {"model": _FACES, "images": _tensor(np.full((1, 3, 8, 8), 0.5, np.float32)), "wantLatents": True},
-    ],
-    "vaeserve.v1.DecodeRequest": [
-        {"model": _MNIST, "latents": _tensor(np.ones((2, 4), np.float32))},
-        {"model": _FACES, "latents": _tensor(np.ones((1, 2, 4, 4), np.float16)), "imageDtype": 2},
-    ],
-    "vaeserve.v1.SampleRequest": [
-        _SAMPLE,
-        {**_SAMPLE, "model": _FACES, "prior": 2, "temperature": 0.5, "imageDtype": 2, "wantLatents": True},
-    ],
-    "vaeserve.v1.GetModelRequest": [{"model": _MNIST}, {"model": _FACES}],
-    "grpc.health.v1.HealthCheckRequest": [{"service": "vaeserve.v1.VaeService"}],
-    "grpc.reflection.v1alpha.ServerReflectionRequest": [
-        {"listServices": ""},
-        {"fileByFilename": "vaeserve/v1/vae.proto"},
-        {"fileContainingSymbol": "vaeserve.v1.VaeService"},
-        {"fileContainingExtension": {"containingType": "google.protobuf.FileOptions", "extensionNumber": 1}},
-        {"allExtensionNumbersOfType": "google.protobuf.FileOptions"},
-    ],
-}

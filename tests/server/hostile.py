@@ -43,7 +43,25 @@ _EDGES = [
     -1,
     -(2**31),
 ]
-_TEXTS = ["", "mnist", "faces", "1", "2", "9", "02", "-1", "1" * 64, "d" * 64, "../..", "mnist/1", "\0", "a" * 70_000]
+_TEXTS = [
+    "",
+    "mnist",
+    "faces",
+    "1",
+    "2",
+    "9",
+    "02",
+    "-1",
+    "1" * 64,
+    "d" * 64,
+    "../..",
+    "mnist/1",
+    "\0",
+    "a" * 70_000,
+    "mnist-encoder",
+    "FP16",
+    "count",
+]
 _FLOATS = [0.0, -0.0, 1.0, -1.0, 1e-45, 3.4e38, float("inf"), float("-inf"), float("nan"), 1e308]
 _SIZES = [0, 1, 15, 16, 63, 64, 65, 784, 3136, 65536, 300_000]
 
@@ -60,7 +78,7 @@ def messages(draw: st.DrawFn, examples: Sequence[Message], depth: int = 0) -> Me
         message.CopyFrom(example)
     changes = 1 + draw(st.integers(0, 2))
     fields = list(message.DESCRIPTOR.fields)
-    for field in draw(st.lists(st.sampled_from(fields), max_size=changes, min_size=1)) if fields else []:
+    for field in draw(st.lists(st.sampled_from(fields), max_size=changes)) if fields else []:
         if draw(st.integers(0, 4)):
             _replace(draw, message, field, depth)
         else:
