@@ -32,7 +32,9 @@ sys.exit(main())
 
 def spawn(settings: Settings, log: IO[str], **variables: str) -> subprocess.Popen[str]:
     """Start a server with the probe; what it logs goes to `log`."""
-    variables |= {f"VAESERVE_{name.upper()}": str(value) for name, value in settings.model_dump().items()}
+    variables |= {
+        f"VAESERVE_{name.upper()}": str(value) for name, value in settings.model_dump(exclude_none=True).items()
+    }
     variables["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), *sys.path])
     command = [sys.executable, "-c", _PROGRAM]
     return subprocess.Popen(command, env=os.environ | variables, stdout=subprocess.PIPE, stderr=log, text=True)

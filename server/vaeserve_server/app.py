@@ -14,6 +14,7 @@ from google.protobuf.runtime_version import VersionError
 
 from vaeserve_server.addresses import address
 from vaeserve_server.calls import Calls, Method, native_methods
+from vaeserve_server.credentials import Credentials
 from vaeserve_server.errors import StartError
 from vaeserve_server.health import Health
 from vaeserve_server.metrics import Metrics
@@ -34,6 +35,9 @@ class Transport(Protocol):
 
     async def start(self, host: str, port: int) -> int:
         """Listen, and return the port; ListenError if it cannot be had."""
+
+    async def renew_tls(self) -> None:
+        """Show new connections the certificate that is in the files now. For once, any number of times."""
 
     def refuse(self) -> None:
         """Take no more calls, and send clients elsewhere; what is in flight goes on."""
@@ -60,18 +64,20 @@ class Server:
         methods = native_methods(self._service)
         if settings.oip:
             methods += _oip_methods(self._service, lambda name: self._health.is_serving(name))  # noqa: PLW0108 - not yet
-        self._calls = Calls(methods)
+        self._credentials = Credentials(settings)
+        self._calls = Calls(methods, self._credentials.access)
         self._health = Health(self._calls.services)
         self._tracer: CallTracer | None = None
         self._metrics: MetricsEndpoint | None = None
         if new_transport is None:
-            new_transport = partial(GrpcTransport, share_port=settings.workers > 1)
+            new_transport = partial(GrpcTransport, share_port=settings.workers > 1, tls=self._credentials.tls)
         self._transport = new_transport(self._calls, self._health, settings.max_message_bytes)
         self.models = Models(settings, self._service.open, self._health.set_models)
         self._hurry = asyncio.Event()
 
     async def start(self) -> None:
         """Listen, load and warm the models, then let health say SERVING. StartError if one of it cannot be done."""
+        await self._credentials.load()
         # The port first: that it is taken is known at once, and who calls early hears that the server is loading.
         # One of several workers listens last: while others can answer nobody need hear that.
         listens_last = self.settings.workers > 1
@@ -101,6 +107,7 @@ class Server:
         self.models.close()
         self._health.close()
         await self._transport.close()
+        self._credentials.close()
         await watch_over
         await self.models.end()
         for last in (self._metrics, self._tracer):  # so that they tell of the drain as well
@@ -125,6 +132,7 @@ class Server:
 
     async def _listen(self) -> None:
         self.port = await self._transport.start(self.settings.host, self.settings.port)
+        self._credentials.watch(self._transport.renew_tls)
 
     async def _unless_hurried(self, waiting: Coroutine[Any, Any, None], limit_s: float | None) -> None:
         tasks = {asyncio.create_task(waiting), asyncio.create_task(self._hurry.wait())}

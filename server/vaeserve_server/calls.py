@@ -21,6 +21,7 @@ from google.rpc import code_pb2
 
 from vaeserve.v1 import vae_pb2
 from vaeserve_server import status
+from vaeserve_server.access import Access, caller
 from vaeserve_server.errors import CallError, InvalidInputError, QueueFullError
 from vaeserve_server.service import SERVICE_NAME, VaeService
 from vaeserve_server.stats import MethodStats, Passage, passages
@@ -89,10 +90,11 @@ class Tracer(Protocol):
 class Calls:
     """The calls of all services, over all transports. `tracer` is told of each, if there is one."""
 
-    def __init__(self, methods: Sequence[Method]) -> None:
+    def __init__(self, methods: Sequence[Method], access: Access) -> None:
         self.methods = methods
         self.services = list(dict.fromkeys(method.service for method in methods))
         self.tracer: Tracer | None = None
+        self.access = access
         self._loop = asyncio.get_running_loop()
         self._id_prefix = secrets.token_hex(5)
         self._numbers = itertools.count()
@@ -114,7 +116,7 @@ class Calls:
         """
         started = self._loop.time()
         deadline = math.inf if remaining_s is None else started + remaining_s
-        call_id = f"{self._id_prefix}{next(self._numbers):06x}"
+        call_id = self._new_id()
         went: list[Passage] = []
         passages.set(went)
         self._in_flight += 1
@@ -146,11 +148,34 @@ class Calls:
             if _log.isEnabledFor(logging.DEBUG):
                 _log_call(ended, len(payload))
 
+    def admit(self, path: str, read_metadata: ReadMetadata) -> None:
+        """Let a call of `path`, "/package.Service/Method", pass; CallFailedError if its caller may not make it.
+
+        To be asked before anything of the call is read but its headers, whatever the method, be there one or not.
+        """
+        try:
+            self.access.check(path.removeprefix("/"), read_metadata())
+        except CallError as error:
+            now = self._loop.time()
+            call_id = self._new_id()
+            failure = status.of_error(error)
+            service, _, rpc = path.removeprefix("/").rpartition("/")
+            ended = EndedCall(call_id, service, rpc, failure.code, now, now, [])
+            for method in self.methods:
+                if path == f"/{method.service}/{method.name}":
+                    _count(method.stats, ended)
+            if _log.isEnabledFor(logging.DEBUG):
+                _log_call(ended, 0)
+            raise CallFailedError(failure.with_metadata(self._trailers(call_id, []))) from None
+
     async def wait_idle(self) -> None:
         """Wait until no call is in flight; for a drain, when no more come."""
         self._awaited = True
         if self._in_flight:
             await self._idle.wait()
+
+    def _new_id(self) -> str:
+        return f"{self._id_prefix}{next(self._numbers):06x}"
 
     def _trailers(self, call_id: str, went: list[Passage]) -> Metadata:
         """Return what the caller learns of its call: the id, and in microseconds where its time went."""
@@ -197,6 +222,8 @@ def _log_call(call: EndedCall, request_bytes: int) -> None:
         "request_bytes": request_bytes,
         "ms": round((call.ended - call.started) * 1000, 3),
     }
+    if caller.get():
+        fields["caller"] = caller.get()
     _log.debug("call", extra={"fields": fields})
 
 

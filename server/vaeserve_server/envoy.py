@@ -20,9 +20,12 @@ import tempfile
 from pathlib import Path
 from typing import Any, NoReturn
 
+from vaeserve_server import envoy_tls, tls
 from vaeserve_server.addresses import check_free
-from vaeserve_server.errors import ListenError, StartError
+from vaeserve_server.credentials import tls_files
+from vaeserve_server.errors import ListenError, StartError, TlsError
 from vaeserve_server.settings import Settings
+from vaeserve_server.tls import TlsFiles
 from vaeserve_server.transport_envoy import STREAM_ID_HEADER
 
 APPLICATION = "vaeserve_server.envoy_main:app"
@@ -37,6 +40,7 @@ _MAX_CONNECTIONS = 16384
 _START_S = 20.0
 _POLL_S = 0.01
 _ADMIN_S = 5.0
+_RENEW_S = 5.0
 _ENVOY_LEVELS = {"debug": "info", "info": "error", "warning": "error", "error": "critical"}
 _TEXT_LOG = "%Y-%m-%dT%H:%M:%S.%eZ ENVOY %l %v"
 _JSON_LOG = '{"time": "%Y-%m-%dT%H:%M:%S.%eZ", "level": "%l", "logger": "envoy", "message": "%j"}'
@@ -51,6 +55,9 @@ def execute(settings: Settings) -> NoReturn:
     for descriptor in (ended_read, ended_write):
         os.set_inheritable(descriptor, True)
     os.set_blocking(ended_read, False)
+    if files := tls_files(settings):
+        tls.read(files)  # what is wrong is told now; the server will watch them
+        envoy_tls.write_secrets(files, folder, 0)
     (folder / "envoy.json").write_text(json.dumps(configuration(settings, folder, ended_write), indent=1))
     handover = {"folder": str(folder), "ended_fd": ended_read, "settings": settings.model_dump(mode="json")}
     environment = {**os.environ, **library, HANDOVER_VARIABLE: json.dumps(handover)}
@@ -62,8 +69,9 @@ def execute(settings: Settings) -> NoReturn:
 def configuration(settings: Settings, folder: Path, ended_fd: int) -> dict[str, Any]:
     """Return Envoy's bootstrap configuration."""
     return {
+        "node": {"id": "vaeserve", "cluster": "vaeserve"},  # which Envoy's TLS insists on, although nobody reads it
         "admin": {"address": {"pipe": {"path": str(folder / _ADMIN_SOCKET), "mode": 0o600}}},
-        "static_resources": {"listeners": [_listener(settings, ended_fd)]},
+        "static_resources": {"listeners": [_listener(settings, folder, ended_fd)]},
         "overload_manager": {
             "resource_monitors": [
                 {
@@ -88,19 +96,21 @@ def configuration(settings: Settings, folder: Path, ended_fd: int) -> dict[str, 
     }
 
 
-def _listener(settings: Settings, ended_fd: int) -> dict[str, Any]:
+def _listener(settings: Settings, folder: Path, ended_fd: int) -> dict[str, Any]:
+    files = tls_files(settings)
     return {
         "name": "grpc",
         "address": {"socket_address": {"address": settings.host.strip("[]"), "port_value": settings.port}},
         "enable_reuse_port": False,  # or a second server starts on the same port and takes half of the calls
         "filter_chains": [
             {
+                **({"transport_socket": envoy_tls.transport_socket(files, folder)} if files else {}),
                 "filters": [
                     {
                         "name": "envoy.filters.network.http_connection_manager",
                         "typed_config": _connection_manager(ended_fd),
                     }
-                ]
+                ],
             }
         ],
     }
@@ -224,11 +234,14 @@ def _max_connections() -> int:
 class Admin:
     """The Envoy around this interpreter, through its admin socket."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, files: TlsFiles | None = None) -> None:
+        self._folder = folder
         self._socket = folder / _ADMIN_SOCKET
+        self._files = files
+        self._generation = 0
 
     async def wait_listening(self) -> int:
-        """Wait until Envoy takes connections, and return its port; ListenError if it does not come to it."""
+        """Wait until Envoy takes connections, and return its port; StartError if it does not come to it."""
         try:
             async with asyncio.timeout(_START_S):
                 while not await self._is_live():  # noqa: ASYNC110 - nobody tells; it can only be asked
@@ -236,8 +249,25 @@ class Admin:
                 listeners = json.loads(await self._ask("GET", "/listeners?format=json"))
         except TimeoutError:
             raise ListenError(f"Envoy did not start to listen within {_START_S:.0f} s") from None
+        if self._files is not None:
+            await (
+                self.renew_tls()
+            )  # whether it took the certificate, and whatever became of the files since it read them
         port: int = listeners["listener_statuses"][0]["local_address"]["socket_address"]["port_value"]
         return port
+
+    async def renew_tls(self) -> None:
+        """Have Envoy show the certificate that is in the files now; TlsError if it does not take it."""
+        assert self._files is not None
+        self._generation += 1
+        serial = (await asyncio.to_thread(tls.read, self._files)).serial
+        await asyncio.to_thread(envoy_tls.write_secrets, self._files, self._folder, self._generation)
+        try:
+            async with asyncio.timeout(_RENEW_S):
+                while not envoy_tls.shows(await self._ask("GET", "/certs"), serial):  # noqa: ASYNC110 - as above
+                    await asyncio.sleep(_POLL_S)
+        except TimeoutError:
+            raise TlsError("--tls-cert", self._files.certificate, "Envoy does not take it") from None
 
     async def stop_listening(self) -> None:
         """Refuse new connections, and ask open ones, with their next answer, to go away."""

@@ -17,6 +17,7 @@ from typing import Any, NoReturn
 from vaeserve_server import app as life
 from vaeserve_server import envoy, logs
 from vaeserve_server.calls import Calls
+from vaeserve_server.credentials import tls_files
 from vaeserve_server.errors import StartError
 from vaeserve_server.health import Health
 from vaeserve_server.settings import Settings
@@ -35,7 +36,7 @@ class Application:
         self._folder = folder
         self._ended_fd = ended_fd
         self._settings = settings
-        self._admin = envoy.Admin(folder)
+        self._admin = envoy.Admin(folder, tls_files(settings))
         self.server: life.Server
         self._transport: EnvoyTransport
 

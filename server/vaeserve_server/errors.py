@@ -39,6 +39,20 @@ class ListenError(StartError):
     """The address cannot be listened on."""
 
 
+class TlsError(StartError):
+    """A file of TLS is missing, damaged, or does not go with the others. `flag` is the option that names it."""
+
+    def __init__(self, flag: str, path: object, problem: str) -> None:
+        super().__init__(f"{flag} {path}: {problem}")
+
+
+class TokensError(StartError):
+    """The file of tokens is missing or damaged. The message never holds what stands in it."""
+
+    def __init__(self, path: object, problem: str) -> None:
+        super().__init__(f"--tokens {path}: {problem}")
+
+
 class GraphLoadError(Exception):
     """ONNX Runtime does not take a graph."""
 
@@ -115,3 +129,15 @@ class NotServingError(CallError):
     """The server is loading or draining; the same call may succeed later or elsewhere."""
 
     reason = "NOT_SERVING"
+
+
+class UnauthenticatedError(CallError):
+    """The caller sent no token, or none that is valid; which of them it is told nobody."""
+
+    reason = "NO_VALID_TOKEN"
+
+
+class NotAllowedError(CallError):
+    """The caller's token is valid, and not for this method."""
+
+    reason = "RPC_NOT_ALLOWED"

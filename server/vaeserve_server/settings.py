@@ -75,8 +75,18 @@ class Settings(BaseSettings):
     """Address to listen on."""
     port: Annotated[int, Field(ge=0, le=65535)] = 50051
     """Port to listen on; 0 takes a free one."""
+    tls_cert: Path | None = None
+    """Encrypt: PEM file of this server's certificate, then of those that vouch for it. Goes with tls-key."""
+    tls_key: Path | None = None
+    """PEM file of its key, not encrypted. These files, and tokens, may be replaced while the server runs."""
+    client_ca: Path | None = None
+    """Serve only clients with a certificate that one of those in this PEM file vouches for."""
+    tokens: Path | None = None
+    """Serve only calls with a token of this file, each for its own RPCs; see `vaeserve-server token --help`."""
+    open_health: CliImplicitFlag[bool] = True
+    """With tokens: answer health checks without one, for load balancers and orchestrators."""
     insecure: CliImplicitFlag[bool] = False
-    """Listen on an address that other machines reach, although anybody there may then call."""
+    """Listen on an address that other machines reach although anybody there may call, or may read the tokens."""
     max_message_bytes: Annotated[int, Field(ge=65536, le=2**31 - 1)] = 32 * 2**20
     """Largest message taken. Row limits keep calls at half of it, so that a somewhat larger one is told its limit."""
 
@@ -137,13 +147,28 @@ class Settings(BaseSettings):
         return self
 
     @model_validator(mode="after")
-    def _refuse_open_address(self) -> Settings:
-        if not self.insecure and not is_loopback(self.host):
-            raise ValueError(
-                f"host {self.host} can be reached from other machines and nothing protects the server there; "
-                "use 127.0.0.1, or add --insecure to let anybody call"
-            )
+    def _refuse_half_of_tls(self) -> Settings:
+        if (self.tls_cert is None) != (self.tls_key is None):
+            given, missing = ("tls-key", "tls-cert") if self.tls_cert is None else ("tls-cert", "tls-key")
+            raise ValueError(f"--{given} goes with --{missing}; give both")
+        if self.client_ca is not None and self.tls_cert is None:
+            raise ValueError("--client-ca goes with --tls-cert and --tls-key; clients show certificates only over TLS")
         return self
+
+    @model_validator(mode="after")
+    def _refuse_open_address(self) -> Settings:
+        if self.insecure or self.tls_cert is not None or is_loopback(self.host):
+            return self
+        if self.tokens is None:
+            raise ValueError(
+                f"host {self.host} can be reached from other machines and nothing protects the server there; use "
+                "127.0.0.1, or --tls-cert and --tls-key with --tokens or --client-ca, or --insecure to let anybody call"
+            )
+        # A token that anybody on the way can read protects from nobody who is there.
+        raise ValueError(
+            f"host {self.host} can be reached from other machines, and the tokens would cross the network unencrypted; "
+            "add --tls-cert and --tls-key, or --insecure where a proxy or a mesh encrypts"
+        )
 
 
 def is_loopback(host: str) -> bool:

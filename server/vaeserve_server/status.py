@@ -19,6 +19,8 @@ _CODES = {
     errors.QueueFullError: code_pb2.RESOURCE_EXHAUSTED,
     errors.DeadlineError: code_pb2.DEADLINE_EXCEEDED,
     errors.NotServingError: code_pb2.UNAVAILABLE,
+    errors.UnauthenticatedError: code_pb2.UNAUTHENTICATED,
+    errors.NotAllowedError: code_pb2.PERMISSION_DENIED,
 }
 
 

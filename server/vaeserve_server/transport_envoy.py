@@ -58,6 +58,9 @@ class Listener(Protocol):
     async def wait_flushed(self) -> None:
         """Wait until every answer is on its way."""
 
+    async def renew_tls(self) -> None:
+        """Show new connections the certificate that is in the files now; TlsError if that cannot be."""
+
 
 class GoneError(Exception):
     """The caller is gone; nobody is left to answer."""
@@ -76,8 +79,12 @@ class EnvoyTransport:
         self._standard = standard.handlers(health_service, calls.services)
 
     async def start(self, host: str, port: int) -> int:
-        """Return the port once Envoy listens; where it does was settled when Envoy was started."""
+        """Return the port once Envoy listens; where and how it does was settled when Envoy was started."""
         return await self._listener.wait_listening()
+
+    async def renew_tls(self) -> None:
+        """Show new connections the certificate that is in the files now; TlsError if that cannot be."""
+        await self._listener.renew_tls()
 
     def refuse(self) -> None:
         """Take no more connections, and send clients elsewhere; what is in flight goes on."""
@@ -128,6 +135,7 @@ class EnvoyTransport:
             return
         if headers.get(b"te") != b"trailers":  # without it Envoy sends none, and the status stands in them
             raise grpc_wire.WireError(code_pb2.INTERNAL, "the request lacks the header `te: trailers`")
+        self._calls.admit(scope["path"], partial(_sent_metadata, headers))
         timeout = headers.get(b"grpc-timeout")
         timeout_s = None if timeout is None else grpc_wire.timeout_s(timeout)
         if timeout_s is not None:

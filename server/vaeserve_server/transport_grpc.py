@@ -13,10 +13,11 @@ from typing import Any
 import grpc
 import grpc.aio
 
-from vaeserve_server import grpc_wire, health, standard
+from vaeserve_server import grpc_access, grpc_wire, health, standard
 from vaeserve_server.addresses import address, check_free
 from vaeserve_server.calls import CallFailedError, Calls, Method
 from vaeserve_server.errors import ListenError
+from vaeserve_server.tls import Tls
 
 _Context = grpc.aio.ServicerContext[Any, Any]
 _Unpack = Callable[[bytes], Awaitable[bytes]]
@@ -31,10 +32,21 @@ class GrpcTransport:
     """One listening port: `start`, `refuse`, `close`, once each."""
 
     def __init__(
-        self, calls: Calls, health_service: health.Health, max_message_bytes: int, *, share_port: bool = False
+        self,
+        calls: Calls,
+        health_service: health.Health,
+        max_message_bytes: int,
+        *,
+        share_port: bool = False,
+        tls: Tls | None = None,
     ) -> None:
-        """Serve `calls`. `share_port` lets other processes listen on the same port, each with its share of clients."""
+        """Serve `calls`, encrypted if there is `tls`.
+
+        `share_port` lets other processes listen on the same port, each with its share of clients.
+        """
+        self._tls = tls
         self._server = grpc.aio.server(
+            interceptors=[grpc_access.Gate(calls)] if calls.access.tokens else None,
             options=[
                 # Unless it is wanted: or a second server starts on the same port and takes half of the calls.
                 ("grpc.so_reuseport", int(share_port)),
@@ -42,7 +54,7 @@ class GrpcTransport:
                 ("grpc.max_send_message_length", -1),  # the row limit bounds answers
                 ("grpc.per_message_decompression", 0),
                 ("grpc.compression_enabled_algorithms_bitset", _IDENTITY_AND_GZIP),
-            ]
+            ],
         )
 
         async def unpack(payload: bytes) -> bytes:
@@ -56,7 +68,10 @@ class GrpcTransport:
     async def start(self, host: str, port: int) -> int:
         """Listen, and return the port; ListenError if it cannot be had."""
         try:
-            bound_port = self._server.add_insecure_port(address(host, port))
+            if self._tls is None:
+                bound_port = self._server.add_insecure_port(address(host, port))
+            else:
+                bound_port = self._server.add_secure_port(address(host, port), grpc_access.credentials(self._tls))
         except RuntimeError:
             check_free(host, port)
             raise ListenError(
@@ -64,6 +79,9 @@ class GrpcTransport:
             ) from None
         await self._server.start()
         return bound_port
+
+    async def renew_tls(self) -> None:
+        """Do nothing: every new connection asks for the certificate of now."""
 
     def refuse(self) -> None:
         """Take no more calls, and send clients elsewhere; what is in flight goes on."""

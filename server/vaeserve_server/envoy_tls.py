@@ -1,0 +1,76 @@
+"""Envoy's own TLS: its configuration, and how it is told that the certificate was renewed.
+
+Envoy takes each secret from a file that names it, and reads that file again when another one is moved in its place. It
+names links to the user's files, under a new folder for each renewal, because Envoy passes over a secret whose
+description has not changed. So no key is copied, and Envoy takes what the server has checked, when it has.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from vaeserve_server.tls import TlsFiles
+
+_TYPE = "type.googleapis.com/envoy.extensions.transport_sockets.tls.v3"
+_SERVER, _CLIENTS = "server", "clients"
+
+
+def transport_socket(files: TlsFiles, folder: Path) -> dict[str, Any]:
+    """Return the configuration of a listener's encryption; the secrets stand in `folder`."""
+    common: dict[str, Any] = {
+        "alpn_protocols": ["h2"],
+        "tls_certificate_sds_secret_configs": [_source(_SERVER, folder)],
+    }
+    if files.client_ca is not None:
+        common["validation_context_sds_secret_config"] = _source(_CLIENTS, folder)
+    return {
+        "name": "envoy.transport_sockets.tls",
+        "typed_config": {
+            "@type": f"{_TYPE}.DownstreamTlsContext",
+            "common_tls_context": common,
+            "require_client_certificate": files.client_ca is not None,
+        },
+    }
+
+
+def write_secrets(files: TlsFiles, folder: Path, generation: int) -> None:
+    """Have Envoy read the files as they are now. `generation` counts how often."""
+    links = folder / f"tls-{generation}"
+    links.mkdir()
+    if files.client_ca is not None:
+        authority = {"filename": _link(links / "client_ca.pem", files.client_ca)}
+        _write(_CLIENTS, folder, {"validation_context": {"trusted_ca": authority}})
+    pair = {
+        "certificate_chain": {"filename": _link(links / "certificate.pem", files.certificate)},
+        "private_key": {"filename": _link(links / "key.pem", files.key)},
+    }
+    _write(_SERVER, folder, {"tls_certificate": pair})
+
+
+def shows(certs: str, serial: int) -> bool:
+    """Return whether Envoy's own list of its certificates has the one with this number."""
+    chains = [chain for entry in json.loads(certs)["certificates"] for chain in entry["cert_chain"]]
+    return any(int(chain["serial_number"], 16) == serial for chain in chains)
+
+
+def _write(name: str, folder: Path, content: dict[str, Any]) -> None:
+    new = folder / f"{name}.new"
+    new.write_text(json.dumps({"resources": [{"@type": f"{_TYPE}.Secret", "name": name, **content}]}))
+    new.replace(_file(name, folder))
+
+
+def _source(name: str, folder: Path) -> dict[str, Any]:
+    file = {"path": str(_file(name, folder))}
+    return {"name": name, "sds_config": {"path_config_source": file, "resource_api_version": "V3"}}
+
+
+def _file(name: str, folder: Path) -> Path:
+    return folder / f"{name}.json"
+
+
+def _link(link: Path, target: Path) -> str:
+    link.symlink_to(os.path.abspath(target))  # noqa: PTH100 - resolve() would follow links that are to be followed later
+    return str(link)
