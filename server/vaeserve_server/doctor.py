@@ -9,8 +9,10 @@ from __future__ import annotations
 import asyncio
 import os
 import platform
+import shlex
 import statistics
 import sys
+import textwrap
 import time
 from collections.abc import Awaitable, Callable, Iterable
 from functools import partial
@@ -48,6 +50,7 @@ _TIMED_MODELS = 2
 _MEASURE_S = 0.2
 _FEWEST = 5
 _MS = 1000.0
+_COLUMNS = 110
 
 
 class Screen:
@@ -87,7 +90,8 @@ def main(arguments: list[str]) -> int:
         logs.configure("text", "error")  # the rest is told here
         runtime = _examine_providers(screen, chosen)
         if runtime is not None:
-            asyncio.run(_examine_models(screen, chosen, runtime))
+            serve = shlex.join(["vaeserve-server", *arguments])
+            asyncio.run(_examine_models(screen, chosen, runtime, serve))
     sys.stdout.write(screen.text())
     return 1 if screen.problems else 0
 
@@ -101,7 +105,7 @@ def _examine_packages(screen: Screen) -> bool:
     lines = [
         f"vaeserve {_version('vaeserve') or 'from its sources'}, {python}",
         ", ".join(runtimes) or "no ONNX Runtime",
-        ", ".join(f"{name} {version}" for name, version in needed.items() if version),
+        *textwrap.wrap(", ".join(f"{name} {version}" for name, version in needed.items() if version), _COLUMNS),
     ]
     for extra, (flag, packages) in _EXTRAS.items():
         there = [f"{name} {version}" for name in packages if (version := _version(name))]
@@ -166,7 +170,8 @@ def _gpu_lines(screen: Screen, build: Build, *, works: bool) -> list[str]:
     return lines
 
 
-async def _examine_models(screen: Screen, settings: Settings, runtime: Runtime) -> None:
+async def _examine_models(screen: Screen, settings: Settings, runtime: Runtime, serve: str) -> None:
+    """Load the models as the server would and time them; `serve` is the command that serves them."""
     from vaeserve_server import models  # noqa: PLC0415
     from vaeserve_server.errors import NoModelsError, StartError  # noqa: PLC0415
 
@@ -180,7 +185,7 @@ async def _examine_models(screen: Screen, settings: Settings, runtime: Runtime) 
         for engine in loaded.engines[:_TIMED_MODELS]:
             title = f"Time of {engine.label} on {engine.provider}, {pool.threads} run(s) at once, without the network"
             screen.section(title, await _time(engine))
-        screen.steps.append(f"vaeserve-server --models {settings.models} --device {settings.device}")
+        screen.steps.append(serve)
     except NoModelsError as error:
         screen.section("Models", [f"none in {settings.models}"])
         screen.steps.append(str(error))

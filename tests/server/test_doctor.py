@@ -19,7 +19,7 @@ from vaeserve_server import doctor, gpu_facts, graphs, logs
 
 COMMAND = [sys.executable, "-m", "vaeserve_server", "doctor"]
 WITHOUT_GPU = {"CUDA_VISIBLE_DEVICES": ""}
-SCREEN_LINES = 50
+SCREEN_LINES, SCREEN_COLUMNS = 50, 120
 
 
 @pytest.fixture(autouse=True)
@@ -37,6 +37,7 @@ def examined(folder: Path, *flags: str) -> tuple[int, str]:
     assert done.stderr == ""
     lines = done.stdout.splitlines()
     assert len(lines) <= SCREEN_LINES
+    assert [line for line in lines[1:6] if len(line) > SCREEN_COLUMNS] == []
     return done.returncode, done.stdout
 
 
@@ -64,7 +65,7 @@ def test_a_sound_model_is_timed_at_several_batch_sizes(models_dir: Path, tmp_pat
         for took_ms, rate in ((encode_ms, encoded), (decode_ms, decoded)):
             assert float(took_ms) > 0
             assert int(rate) == pytest.approx(1000 * int(count) / float(took_ms), rel=0.02)
-    assert screen.endswith(f"Next\n  - vaeserve-server --models {models_dir} --device cpu\n")
+    assert screen.endswith(f"Next\n  - vaeserve-server --models {models_dir} --device cpu --threads 1\n")
 
 
 def test_a_damaged_model_is_broken(tmp_path: Path) -> None:
