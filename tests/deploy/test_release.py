@@ -21,6 +21,7 @@ import pytest
 from vaeserve import __version__
 
 REPOSITORY = Path(__file__).parents[2]
+LIST_SOURCES = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
 PACKAGES = {"vaeserve", "vaeserve_server", "vaeserve_training"}
 SESSION = """
 import numpy as np, sys
@@ -75,13 +76,15 @@ def environment(
 
 
 def test_archives_hold_the_project_and_nothing_else(archives: dict[str, Path]) -> None:
-    """Neither models, runs and environments nor a package called `server` may slip in."""
+    """Neither models, runs, environments and node_modules nor a package called `server` may slip in."""
     with zipfile.ZipFile(archives["wheel"]) as wheel:
         members = wheel.namelist()
     information = f"vaeserve-{__version__}.dist-info"
     assert {member.split("/")[0] for member in members} == PACKAGES | {information}
     with tarfile.open(archives["sdist"]) as sdist:
-        tops = {Path(member).parts[1] for member in sdist.getnames()}
+        files_within = {str(Path(*Path(member.name).parts[1:])) for member in sdist.getmembers() if member.isfile()}
+    assert files_within - {"PKG-INFO"} <= set(_run(LIST_SOURCES, cwd=REPOSITORY).splitlines())
+    tops = {Path(file).parts[0] for file in files_within}
     folders = {"client", "protos", "server", "tests", "training"}
     files = {"CHANGELOG.md", "LICENSE", "PKG-INFO", "README.md", "pyproject.toml", ".gitignore"}
     assert tops == folders | files
