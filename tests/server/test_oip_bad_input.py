@@ -10,6 +10,8 @@ from typing import Any
 import grpc
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 pytest.importorskip("tritonclient.grpc", reason='the protocol is an extra; pip install "vaeserve[oip]"')
 
@@ -26,6 +28,7 @@ INVALID = grpc.StatusCode.INVALID_ARGUMENT
 NOT_FOUND = grpc.StatusCode.NOT_FOUND
 PRECONDITION = grpc.StatusCode.FAILED_PRECONDITION
 UNIMPLEMENTED = grpc.StatusCode.UNIMPLEMENTED
+EXPIRED = grpc.StatusCode.DEADLINE_EXCEEDED  # a timeout of few microseconds, if asked for
 TABLE = runpy.run_path(str(Path(__file__).parent / "test_bad_input.py"))["TABLE"]
 SHAPE, IMAGE = [1, 1, 28, 28], bytes(784 * 4)
 OFFERED = [
@@ -373,3 +376,65 @@ def test_a_message_that_would_become_a_gigabyte_is_never_parsed(channel: grpc.Ch
     assert failure(lambda: call(b"\x2a\x00" * (15 * 2**20))).code() == INVALID
     assert resident_bytes() - before < 500 * 2**20  # the message itself a few times, not 1.4 GB
     assert np.isfinite(before)
+
+
+_NAMES = st.sampled_from(["mnist-encoder", "faces-decoder", "faces-sampler", "mnist-sampler", "mnist", "", "é\0"])
+_NUMBERS = st.integers(-(2**31), 2**31 - 1)
+_PARAMETERS = st.dictionaries(
+    st.sampled_from(["digest", "timeout", "image_datatype", "first_row", "temperature", "prior", "other"]),
+    st.one_of(
+        st.builds(service_pb2.InferParameter, int64_param=st.integers(-(2**63), 2**63 - 1)),
+        st.builds(service_pb2.InferParameter, uint64_param=st.integers(0, 2**64 - 1)),
+        st.builds(service_pb2.InferParameter, double_param=st.floats()),
+        st.builds(
+            service_pb2.InferParameter, string_param=st.sampled_from(["", "fitted", "UINT8", "d" * 64, "x" * 99])
+        ),
+        st.builds(service_pb2.InferParameter, bool_param=st.booleans()),
+        st.just(service_pb2.InferParameter()),
+    ),
+    max_size=3,
+)
+_CONTENTS = st.one_of(
+    st.none(),
+    st.builds(service_pb2.InferTensorContents, fp32_contents=st.lists(st.floats(width=32), max_size=9)),
+    st.builds(service_pb2.InferTensorContents, int_contents=st.lists(_NUMBERS, max_size=2)),
+    st.builds(service_pb2.InferTensorContents, uint64_contents=st.lists(st.integers(0, 2**64 - 1), max_size=2)),
+)
+_INPUTS = st.lists(
+    st.builds(
+        service_pb2.ModelInferRequest.InferInputTensor,
+        name=st.sampled_from(["image", "latent", "count", "seed", "other"]),
+        datatype=st.sampled_from(["FP32", "FP16", "UINT8", "INT32", "INT64", "UINT64", "BOOL", "BYTES", ""]),
+        shape=st.lists(st.sampled_from([-1, 0, 1, 2, 4, 28, 2**40, 2**63 - 1]), max_size=5),
+        contents=_CONTENTS,
+    ),
+    max_size=3,
+)
+_OUTPUTS = st.lists(
+    st.builds(
+        service_pb2.ModelInferRequest.InferRequestedOutputTensor,
+        name=st.sampled_from(["mean", "stddev", "image", "latent", "seed", "other"]),
+    ),
+    max_size=3,
+)
+_REQUESTS = st.builds(
+    service_pb2.ModelInferRequest,
+    model_name=_NAMES,
+    model_version=st.sampled_from(["", "1", "-1", "x"]),
+    id=st.text(max_size=3),
+    parameters=_PARAMETERS,
+    inputs=_INPUTS,
+    outputs=_OUTPUTS,
+    raw_input_contents=st.lists(st.binary(max_size=9), max_size=3),
+)
+
+
+@settings(max_examples=200, deadline=None)
+@given(_REQUESTS)
+def test_whatever_is_asked_the_server_never_breaks(oip: Any, asked: Any) -> None:
+    try:
+        answer = oip.ModelInfer(asked, timeout=30)
+    except grpc.RpcError as error:
+        assert error.code() in {INVALID, NOT_FOUND, PRECONDITION, EXPIRED}, error.details()
+    else:
+        assert answer.id == asked.id

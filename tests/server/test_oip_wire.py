@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as some
 
@@ -44,6 +44,7 @@ def same_bits(ours: np.ndarray, theirs: np.ndarray) -> bool:
     return (ours.dtype, ours.shape, ours.tobytes()) == (theirs.dtype, theirs.shape, theirs.tobytes())
 
 
+@settings(deadline=None)
 @given(tensors(*DTYPES), tensors(*DTYPES))
 def test_raw_inputs_are_read_bit_for_bit(first: Any, second: Any) -> None:
     made = request("m")
@@ -54,6 +55,7 @@ def test_raw_inputs_are_read_bit_for_bit(first: Any, second: Any) -> None:
     assert same_bits(got["a"], second[1])
 
 
+@settings(deadline=None)
 @given(tensors(*PLACES))
 def test_typed_inputs_are_read_bit_for_bit(given_: Any) -> None:
     datatype, array = given_
@@ -63,6 +65,7 @@ def test_typed_inputs_are_read_bit_for_bit(given_: Any) -> None:
     assert same_bits(got["a"], array)
 
 
+@settings(deadline=None)
 @given(st.lists(tensors(*DTYPES), min_size=1, max_size=3), st.booleans())
 def test_outputs_are_written_bit_for_bit(given_: list[Any], typed: bool) -> None:
     response = service_pb2.ModelInferResponse()
@@ -94,6 +97,7 @@ def test_large_tensors_pass(made: Any) -> None:
     oip_wire.check(made.SerializeToString())
 
 
+@settings(deadline=None)
 @given(st.binary(max_size=200), st.integers(0, 2**17 - 1))
 def test_what_passes_cannot_swell(noise: bytes, at: int) -> None:
     good = add(request("m"), "a", "UINT8", [2**17], LONG).SerializeToString()
@@ -141,6 +145,7 @@ def test_what_is_no_message_is_told_apart(payload: bytes) -> None:
         oip_wire.check(payload)
 
 
+@settings(deadline=None)
 @given(st.integers(0, 2**64 - 1))
 def test_numbers_are_written_as_protobuf_writes_them(value: int) -> None:
     packed = service_pb2.InferTensorContents(uint64_contents=[value]).SerializeToString()
