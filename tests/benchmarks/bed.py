@@ -6,9 +6,12 @@ import base64
 import importlib.util
 import os
 import re
+import socket
 import sys
 import time
-from contextlib import ExitStack
+import urllib.request
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -19,7 +22,7 @@ import grpc
 
 import h2load
 import traffic
-from children import BenchError, Child, worker
+from children import BenchError, Child, cpu_s, worker
 from traffic import SERVICE, VERBS, Model, Verb
 from vaeserve.v1 import vae_pb2
 from vaeserve_server.cores import available_cores
@@ -29,6 +32,7 @@ _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 _CHANNEL_OPTIONS = [("grpc.max_receive_message_length", -1), ("grpc.enable_http_proxy", 0)]
 _CALL_S = 60.0
 _PROBE_CALLS = 64
+_CALLS = re.compile(r'^vaeserve_calls_total\{.*?code="(\w+)".*?\} (\S+)$', re.MULTILINE)
 
 
 class Effort(NamedTuple):
@@ -47,6 +51,7 @@ class Server:
     port: int
     child: Child
     channel: grpc.Channel
+    metrics_port: int = 0
 
     @property
     def target(self) -> str:
@@ -61,6 +66,15 @@ class Server:
             assert isinstance(error, grpc.Call)
             raise BenchError(f"{method} over {self.transport} failed: {error.code().name}: {error.details()}") from None
         return answer
+
+    def ended_calls(self) -> dict[str, int] | None:
+        """Return how many calls the server itself has counted, by status code; None if it counts none, as the echo."""
+        if not self.metrics_port:
+            return None
+        with urllib.request.urlopen(f"http://127.0.0.1:{self.metrics_port}/metrics", timeout=_CALL_S) as page:
+            found = _CALLS.findall(page.read().decode())
+        codes = {code for code, _ in found}
+        return {code: sum(round(float(count)) for each, count in found if each == code) for code in codes}
 
 
 class Sent(NamedTuple):
@@ -148,8 +162,9 @@ class Bed:
 
     def serve(self, transport: str, *flags: str) -> Server:
         """Start a server and return it once it is ready; it runs until the end."""
-        child = self._stack.enter_context(self.new_server(transport, *flags))
-        return self._server(transport, child, port_of(child.line()))
+        metrics_port = _free_port()
+        child = self._stack.enter_context(self.new_server(transport, f"--metrics-port={metrics_port}", *flags))
+        return self._server(transport, child, port_of(child.line()), metrics_port)
 
     def new_server(self, transport: str, *flags: str) -> Child:
         """Start a server that is not ready yet; the caller's to stop."""
@@ -175,26 +190,46 @@ class Bed:
     def closed_loop(
         self, server: Server, verb: Verb, rows: int, in_flight: int, *, connections: int = 1, share: float = 1.0
     ) -> dict[str, float]:
-        """Return calls_per_s with `in_flight` calls under way, and the generator's cpu_share; `share` of the time."""
+        """Return calls_per_s with `in_flight` calls under way, for `share` of the time that a value takes.
+
+        And the generator's cpu_share, and server_us: processor time of the server for each call.
+        """
         sent = self.verified(server, verb, rows)
         probe = self._drive(server, sent, in_flight, connections, max(_PROBE_CALLS, 2 * in_flight))
         calls = max(in_flight, round(probe["calls_per_s"] * self.effort.seconds * share))
-        return self._drive(server, sent, in_flight, connections, calls)
+        began_s = cpu_s(server.child.pid)
+        with self._counted(server, calls):
+            got = self._drive(server, sent, in_flight, connections, calls)
+        return got | {"server_us": 1e6 * (cpu_s(server.child.pid) - began_s) / calls}
 
     def open_loop(self, server: Server, verb: Verb, calls_per_s: float, seed: int) -> dict[str, float]:
         """Return the times in ms (p50, p99, p99.9) of calls that arrive at random, `calls_per_s` on average."""
         sent = self.verified(server, verb, 1)
-        answer: dict[str, float] = self._http2_load.ask(
-            do="open",
-            port=server.port,
-            path=sent.path,
-            body_file=str(sent.body_file),
-            answer_bytes=sent.answer_bytes,
-            calls_per_s=calls_per_s,
-            calls=round(calls_per_s * 2 * self.effort.seconds),
-            seed=seed,
-        )
+        calls = round(calls_per_s * 2 * self.effort.seconds)
+        with self._counted(server, calls):
+            answer: dict[str, float] = self._http2_load.ask(
+                do="open",
+                port=server.port,
+                path=sent.path,
+                body_file=str(sent.body_file),
+                answer_bytes=sent.answer_bytes,
+                calls_per_s=calls_per_s,
+                calls=calls,
+                seed=seed,
+            )
         return answer
+
+    @contextmanager
+    def _counted(self, server: Server, calls: int) -> Iterator[None]:
+        """Raise BenchError unless the server itself counts just so many calls meanwhile, all of them answered."""
+        before = server.ended_calls()
+        yield
+        after = server.ended_calls()
+        if before is None or after is None:
+            return
+        counted = {code: count - before.get(code, 0) for code, count in after.items() if count != before.get(code, 0)}
+        if counted != {"OK": calls}:
+            raise BenchError(f"{calls} calls were made over {server.transport}; the server counted {counted}")
 
     def ask_sdk(self, do: str, server: Server, verb: Verb, **arguments: Any) -> dict[str, float]:
         """Have the SDK do something with a verb."""
@@ -247,12 +282,18 @@ class Bed:
             path.write_bytes(traffic.framed(verb.request(self.model, rows).SerializeToString()))
         return self._requests[key]
 
-    def _server(self, transport: str, child: Child, port: int) -> Server:
-        return Server(transport, port, child, self._stack.enter_context(self._channel(port)))
+    def _server(self, transport: str, child: Child, port: int, metrics_port: int = 0) -> Server:
+        return Server(transport, port, child, self._stack.enter_context(self._channel(port)), metrics_port)
 
     @staticmethod
     def _channel(port: int) -> grpc.Channel:
         return grpc.insecure_channel(f"127.0.0.1:{port}", _CHANNEL_OPTIONS)
+
+
+def _free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        port: int = listening.getsockname()[1]
+    return port
 
 
 def port_of(ready_line: str) -> int:

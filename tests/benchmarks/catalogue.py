@@ -9,13 +9,14 @@ from typing import NamedTuple
 
 import numpy as np
 
-from bed import ECHO, GRPC, Bed, port_of
+from bed import ECHO, ENVOY, GRPC, Bed, port_of
 from table import Bound, Measured
 from traffic import VERBS, Verb
 from vaeserve import AsyncClient
 from vaeserve_server.settings import Settings
 
 ALONE = "onnxruntime"
+TRITON = "triton"
 _IN_FLIGHT = (1, 8, 32, 128)
 _LOADS_PERCENT = (50, 70, 90)
 _BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
@@ -25,6 +26,14 @@ _BULK_BYTES = 2**27
 _TASKS = 64
 _CONNECTIONS = 8
 _MB = 1e6
+# Calls a second of Triton 2.51's C++ server with its ONNX Runtime backend, single images, on 2 cores shared with its
+# load generator; and what ONNX Runtime alone did there at batch 64. Scaled by what it does here.
+_TRITON = {"encode": {8: 7_000, 32: 10_700, 128: 13_500}, "decode": {32: 8_900}}
+_TRITON_ALONE = {"encode": 29_400, "decode": 21_000}
+_TRITON_ROWS = 64
+# What the ratio to the echo should reach: by transport, and calls in flight.
+_ECHO_BOUNDS = {(GRPC, 32): 0.75, (ENVOY, 32): 1.8, (ENVOY, 128): 2.4}
+_ECHO_BOUND_GPU = 0.8
 
 
 class Group(NamedTuple):
@@ -64,6 +73,7 @@ def _verb_groups(verb: Verb) -> list[Group]:
     return [
         Group(f"{verb.name}-in-flight", partial(in_flight, verb)),
         Group(f"{verb.name}-open-loop", partial(open_loop, verb)),
+        *([Group(f"{verb.name}-same-load", partial(same_load, verb))] if verb.name == "encode" else []),
         Group(f"{verb.name}-batch", partial(batch, verb), alone),
         Group(f"{verb.name}-bulk", partial(bulk, verb, None), alone),
         Group(f"{verb.name}-one-at-a-time", partial(one_at_a_time, verb)),
@@ -97,16 +107,46 @@ def onnxruntime_alone(graph: str, bed: Bed) -> Iterator[Measured]:
 
 
 def in_flight(verb: Verb, bed: Bed) -> Iterator[Measured]:
-    """Calls of one row, closed loop, beside the bare echo of the same bytes."""
+    """Calls of one row, closed loop, beside the bare echo of the same bytes, and beside what Triton would do here."""
+    triton = _triton(verb, bed) if bed.device == "cpu" else {}
     for count in _IN_FLIGHT:
         workload = f"{verb.name}, {count} in flight"
+        costs = []
         for server in (bed.echo, *bed.servers):
-            bound = None
-            if server.transport == GRPC and verb.name == "encode" and count == 32:
-                bound = Bound(">=", 0.8 if bed.device == "cuda" else 0.75)
             got = bed.closed_loop(server, verb, 1, count)
+            bound = None if server is bed.echo else _echo_bound(verb, server.transport, count, bed.device)
             baseline = None if server is bed.echo else (workload, ECHO)
-            yield Measured(workload, server.transport, got["calls_per_s"], "calls/s", baseline, bound, got["cpu_share"])
+            speed = got["calls_per_s"]
+            yield Measured(workload, server.transport, speed, "calls/s", baseline, bound, got["cpu_share"])
+            costs.append((f"{workload}, server's time", server.transport, got["server_us"]))
+            if server.transport == ENVOY and count in triton:
+                yield from _beside_triton(verb, workload, speed, triton[count])
+        for what, transport, us in costs:
+            yield Measured(what, transport, us, "cpu us/call", None if transport == ECHO else (what, ECHO))
+
+
+def _echo_bound(verb: Verb, transport: str, count: int, device: str) -> Bound | None:
+    ratio = _ECHO_BOUNDS.get((transport, count)) if verb.name == "encode" else None
+    if ratio is not None and device == "cuda":
+        ratio = _ECHO_BOUND_GPU if transport == GRPC else None
+    return None if ratio is None else Bound(">=", ratio)
+
+
+def _triton(verb: Verb, bed: Bed) -> dict[int, float]:
+    """Return what Triton is taken to do here, in calls a second by calls in flight; empty for what was not measured."""
+    if verb.name not in _TRITON or bed.max_rows < _TRITON_ROWS:
+        return {}
+    seconds = bed.effort.seconds / 4
+    answer = bed.onnxruntime.ask(do="measure", graph=verb.graph, batches=[_TRITON_ROWS], seconds=seconds)
+    factor = max(answer[str(_TRITON_ROWS)].values()) / _TRITON_ALONE[verb.name]
+    return {count: calls * factor for count, calls in _TRITON[verb.name].items()}
+
+
+def _beside_triton(verb: Verb, workload: str, speed: float, triton: float) -> Iterator[Measured]:
+    scaled = (f"{workload}, by Triton", TRITON)
+    yield Measured(*scaled, triton, "calls/s", note="its figure elsewhere x ONNX Runtime here / ONNX Runtime there")
+    bound = Bound(">=", 0.8 if verb.name == "encode" else 1.0)
+    yield Measured(scaled[0], ENVOY, speed, "calls/s", scaled, bound)
 
 
 def open_loop(verb: Verb, bed: Bed) -> Iterator[Measured]:
@@ -133,6 +173,21 @@ def open_loop(verb: Verb, bed: Bed) -> Iterator[Measured]:
                 )
 
 
+def same_load(verb: Verb, bed: Bed) -> Iterator[Measured]:
+    """Every transport at one absolute load: 70 % of what grpcio's can take."""
+    if len(bed.servers) < 2:
+        return
+    calls_per_s = 0.7 * bed.closed_loop(bed.servers[0], verb, 1, max(_IN_FLIGHT))["calls_per_s"]
+    workload = f"{verb.name}, open loop at 70 % of {GRPC}'s"
+    for server in bed.servers:
+        got = bed.open_loop(server, verb, calls_per_s, seed=70)
+        for name in ("p50", "p99"):
+            key = f"{workload}, {name}"
+            baseline = None if server.transport == GRPC else (key, GRPC)
+            bound = Bound("<=", 1.0) if baseline and name == "p99" else None
+            yield Measured(key, server.transport, got[name], "ms", baseline, bound, got["cpu_share"])
+
+
 def batch(verb: Verb, bed: Bed) -> Iterator[Measured]:
     """Calls of many rows, one after another: what a row costs; and calls of 64 rows with 4 in flight."""
     flights = [(rows, 1) for rows in _CALL_ROWS if rows <= bed.max_rows]
@@ -140,7 +195,9 @@ def batch(verb: Verb, bed: Bed) -> Iterator[Measured]:
         flights.append((64, 4))
     for rows, count in flights:
         for server in bed.servers:
-            bound = Bound(">=", 0.85) if (verb.name, rows, count) == ("encode", 64, 4) else None
+            bound = None
+            if (verb.name, rows, count) == ("encode", 64, 4):
+                bound = Bound(">=", 0.85 if server.transport == GRPC else 0.8)
             got = bed.closed_loop(server, verb, rows, count, share=1.0 if rows == 64 else 0.5)
             yield Measured(
                 f"{verb.name}, batch {rows}, {count} in flight",
