@@ -8,15 +8,14 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import os
-import re
 import shutil
 import socket
 import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +24,12 @@ import numpy as np
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from vaeserve import Client
+from certificates import Authority
+from compose_file import COMPOSE_FILE, services, with_tls
+from vaeserve import TLS, Client, PermissionDenied, Unauthenticated, Unavailable
 
 REPOSITORY = Path(__file__).parents[2]
-COMPOSE_FILES = [REPOSITORY / "docker-compose.yml", Path(__file__).parent / "compose.test.yml"]
+COMPOSE_FILES = [COMPOSE_FILE, Path(__file__).parent / "compose.test.yml"]
 # Of the default preset, only the time it takes.
 TRAIN_ARGS = "--optimiser.epochs 1 --data.limit-train 4096 --data.limit-test 512"
 SERVER_IMAGE_LIMIT_BYTES = 450e6
@@ -46,6 +47,7 @@ class Project:
 
     wheels: Path
     port: int
+    files: list[Path] = field(default_factory=lambda: COMPOSE_FILES)
     name: str = field(default_factory=lambda: f"vaeserve-test-{uuid.uuid4().hex[:8]}")
 
     @property
@@ -57,7 +59,8 @@ class Project:
         return docker("volume", "ls", "-q", "--filter", f"label=com.docker.compose.project={self.name}").split()
 
     def compose(self, *arguments: str) -> str:
-        files = [word for file in COMPOSE_FILES for word in ("-f", str(file))]
+        files = [word for file in self.files for word in ("-f", str(file))]
+        files += ["--project-directory", str(REPOSITORY)]
         settings = {
             "VAESERVE_PORT": str(self.port),
             "VAESERVE_TEST_WHEELS": str(self.wheels),
@@ -73,7 +76,14 @@ class Project:
     def up(self) -> None:
         """`docker compose up`, until the server's container is healthy."""
         self.compose("up", "--detach", "--no-build")
-        wait_until(lambda: self.inspect("server")["State"]["Health"]["Status"] == "healthy", self.compose)
+        self.wait_healthy("server")
+
+    def wait_healthy(self, service: str) -> None:
+        """Poll docker's health status; on failure show what the containers said."""
+        deadline = time.monotonic() + HEALTHY_S
+        while self.inspect(service)["State"]["Health"]["Status"] != "healthy":
+            assert time.monotonic() < deadline, self.compose("ps", "-a") + self.compose("logs")
+            time.sleep(0.5)
 
     def in_server(self, script: str) -> subprocess.CompletedProcess[str]:
         """Run a shell script in the server's container."""
@@ -94,14 +104,6 @@ def run(command: list[str], settings: dict[str, str] | None = None) -> str:
 
 def docker(*arguments: str) -> str:
     return run(["docker", *arguments])
-
-
-def wait_until(reached: Callable[[], bool], compose: Callable[..., str]) -> None:
-    """Poll docker's health status; on failure show what the containers said."""
-    deadline = time.monotonic() + HEALTHY_S
-    while not reached():
-        assert time.monotonic() < deadline, compose("ps", "-a") + compose("logs")
-        time.sleep(0.5)
 
 
 def free_port() -> int:
@@ -248,35 +250,45 @@ def test_every_profile_starts_one_server_at_most(wheels: Path) -> None:
                 assert mount["type"] == "volume" or Path(mount["source"]).exists(), mount
 
 
-def test_tls_profile_is_valid_once_uncommented(tmp_path: Path) -> None:
-    """The block of the server and that of its secrets."""
-    text = (REPOSITORY / "docker-compose.yml").read_text()
-    server = re.search(r"^  # server-tls:\n(?:^  # .*\n)+", text, re.MULTILINE)
-    secrets = re.search(r"^# secrets:.*\n(?:^#   .*\n)+", text, re.MULTILINE)
-    assert server is not None
-    assert secrets is not None
-    text = text.replace(server[0], re.sub("^  # ", "  ", server[0], flags=re.MULTILINE))
-    text = text.replace(secrets[0], re.sub("^# ", "", secrets[0], flags=re.MULTILINE))
+def test_tls_profile_serves_who_has_a_token(project: Project, tmp_path: Path) -> None:
+    """The commented profile, uncommented: started for real, beside the server, with certificates of our own."""
+    authority = Authority(tmp_path)
+    authority.issue("server")
+    add_token = ["token", "add", "somebody", "--file", str(tmp_path / "tokens"), "--rpc", "Encode"]
+    token = run([sys.executable, "-m", "vaeserve_server", *add_token]).strip()
+    for name in ("server.key", "tokens"):
+        (tmp_path / name).chmod(0o644)  # user 10001 is to read them
+    tmp_path.chmod(0o755)
     file = tmp_path / "docker-compose.yml"
-    file.write_text(text)
-    command = ["docker", "compose", "--project-directory", str(REPOSITORY), "-f", str(file), "--profile", "tls"]
-    services = json.loads(run([*command, "config", "--format", "json"]))["services"]
-    assert set(services) == {"train", "server-tls"}
-    server_tls = services["server-tls"]
-    assert {secret["source"] for secret in server_tls["secrets"]} == {"server.crt", "server.key", "tokens"}
-    assert server_tls["read_only"]
-    assert "--insecure" not in server_tls["command"]
-    assert [port["published"] for port in server_tls["ports"]] == ["50051"]
+    file.write_text(with_tls(COMPOSE_FILE.read_text(), str(tmp_path)))
+    encrypted = replace(project, port=free_port(), files=[file, COMPOSE_FILES[1]])
+    try:
+        encrypted.compose("--profile", "tls", "up", "--detach", "--build", "server-tls")
+        encrypted.wait_healthy("server-tls")
+        images = np.zeros((2, 28, 28), np.uint8)
+        tls = TLS(root_certificates=authority.file)
+        with Client(encrypted.target, tls=tls, token=token) as client:
+            assert client.encode(images).mean.shape == (2, 20)
+            with pytest.raises(PermissionDenied):
+                client.sample(1)
+        with Client(encrypted.target, tls=tls) as client, pytest.raises(Unauthenticated):
+            client.encode(images)
+        with Client(encrypted.target, max_attempts=1) as client, pytest.raises(Unavailable):
+            client.encode(images)
+    finally:
+        encrypted.compose("--profile", "tls", "rm", "--stop", "--force", "server-tls")
 
 
-def test_gpu_server_asks_for_a_device_and_does_not_fall_back(wheels: Path) -> None:
-    services = json.loads(Project(wheels, port=1).compose("--profile", "gpu", "config", "--format", "json"))["services"]
-    server = services["server-gpu"]
-    assert server["command"][:2] == ["--device", "cuda"]
-    assert server["build"]["args"]["EXTRA"] == "server,cuda"
-    [device] = server["deploy"]["resources"]["reservations"]["devices"]
-    assert device["driver"] == "nvidia"
-    assert device["capabilities"] == ["gpu"]
+def test_gpu_server_does_not_start_where_there_is_no_gpu(project: Project) -> None:
+    """Not the device reservation, which docker itself refuses here, but what the server does where it gets that far."""
+    image = project.inspect("server")["Image"]
+    command = services(COMPOSE_FILE.read_text())["server-gpu"]["command"]
+    volume = next(name for name in project.volumes if name.endswith("_models"))
+    docker_run = ["docker", "run", "--rm", "--volume", f"{volume}:/models:ro", image, *command]
+    done = subprocess.run(docker_run, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 1
+    assert "device cuda cannot be used: " in done.stderr
+    assert "serving" not in done.stdout
 
 
 def test_build_context_holds_sources_and_nothing_else(tmp_path: Path) -> None:
