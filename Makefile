@@ -14,7 +14,7 @@ CORES  := -n auto --maxprocesses 4 --dist loadfile
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help run serve test test-envoy fuzz bench bench-gpu lint format protos protos-released test-protobuf7 test-compose node build clean
+.PHONY: help run serve test test-envoy fuzz bench bench-gpu soak lint format protos protos-released test-protobuf7 test-compose node build clean
 
 help: ## Show this list
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 18
@@ -51,6 +51,9 @@ bench: $(VENV)/.user ## How fast ./models is served, in ratios: runs/bench/resul
 
 bench-gpu: $(VENV)/.user ## The same on a GPU, where there is one: runs/bench/results-gpu.json
 	@$(BIN)/python tests/benchmarks/bench.py --device cuda $(ARGS)
+
+soak: $(VENV)/.dev ## Everything at once for 3 minutes: load, reloads, kills, bad input (ARGS="--minutes 60 --transport envoy")
+	@$(BIN)/python tests/soak/soak.py $(ARGS)
 
 lint: $(VENV)/.dev ## ruff, mypy --strict, buf
 	@$(BIN)/ruff check .

@@ -120,6 +120,7 @@ class Calls:
         went: list[Passage] = []
         passages.set(went)
         self._in_flight += 1
+        method.stats.started += 1
         code = code_pb2.INTERNAL
         try:
             message = (await method.answer(_parse(method, payload), deadline)).SerializeToString()

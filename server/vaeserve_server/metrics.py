@@ -6,6 +6,8 @@ labels or locks. Every label has a bounded set of values, none of which a caller
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib.metadata import version
 from math import inf
@@ -48,12 +50,13 @@ class Watch(Protocol):
 
 
 class Metrics(Collector):
-    """Every figure of one server."""
+    """Every figure of one server; to be made on its event loop."""
 
     def __init__(self, service: VaeService, methods: Sequence[MethodStats], watch: Watch) -> None:
         self._service = service
         self._methods = methods
         self._watch = watch
+        self._loop = asyncio.get_running_loop()
         self._registry = CollectorRegistry()
         self._registry.register(self)
         ProcessCollector(registry=self._registry)
@@ -70,6 +73,9 @@ class Metrics(Collector):
         """Yield every metric with its values of now."""
         yield InfoMetricFamily("vaeserve_build", "Version of vaeserve.", {"version": version("vaeserve")})
         yield from _calls(self._methods)
+        with contextlib.suppress(RuntimeError):  # tasks came and went faster than they could be counted
+            tasks = len(asyncio.all_tasks(self._loop))
+            yield GaugeMetricFamily("vaeserve_event_loop_tasks", "Tasks of the event loop now.", tasks)
         yield from _reloads(self._watch)
         served = self._service.served()
         yield from _models(served)
@@ -79,6 +85,8 @@ class Metrics(Collector):
 
 def _calls(methods: Sequence[MethodStats]) -> Iterator[Metric]:
     calls = CounterMetricFamily("vaeserve_calls", "Finished calls by status code.", labels=["rpc", "code"])
+    started = CounterMetricFamily("vaeserve_calls_started", "Calls that were taken in.", labels=["rpc"])
+    in_flight = GaugeMetricFamily("vaeserve_calls_in_flight", "Calls that have not ended yet.", labels=["rpc"])
     refused = CounterMetricFamily("vaeserve_refused", "Calls refused because the queue was full.", labels=["rpc"])
     cancelled = CounterMetricFamily("vaeserve_cancelled", "Calls cancelled by the caller.", labels=["rpc"])
     expired = CounterMetricFamily("vaeserve_expired", "Calls whose deadline passed.", labels=["rpc"])
@@ -86,7 +94,10 @@ def _calls(methods: Sequence[MethodStats]) -> Iterator[Metric]:
         "vaeserve_call_duration_seconds", "Time from a call's request to its answer, inside the server.", labels=["rpc"]
     )
     for method in methods:
-        codes = list(method.codes)
+        codes = list(method.codes)  # before those that started, so that none has ended before it began
+        began = method.started
+        started.add_metric([method.rpc], began)
+        in_flight.add_metric([method.rpc], began - sum(codes))
         for code, count in enumerate(codes):
             if count or code == code_pb2.OK:
                 calls.add_metric([method.rpc, code_pb2.Code.Name(code)], count)
@@ -94,7 +105,7 @@ def _calls(methods: Sequence[MethodStats]) -> Iterator[Metric]:
         cancelled.add_metric([method.rpc], codes[code_pb2.CANCELLED])
         expired.add_metric([method.rpc], codes[code_pb2.DEADLINE_EXCEEDED])
         _add(duration, [method.rpc], method.duration_s)
-    return iter((calls, refused, cancelled, expired, duration))
+    return iter((calls, started, in_flight, refused, cancelled, expired, duration))
 
 
 def _reloads(watch: Watch) -> Iterator[Metric]:

@@ -49,12 +49,16 @@ class GraphStats:
 
 
 class MethodStats:
-    """How the calls of one RPC ended. `codes` is indexed by google.rpc.Code; `refused` counts full queues."""
+    """The calls of one RPC: how many came, and how they ended. `codes` is indexed by google.rpc.Code.
 
-    __slots__ = ("codes", "duration_s", "refused", "rpc")
+    `refused` counts full queues.
+    """
+
+    __slots__ = ("codes", "duration_s", "refused", "rpc", "started")
 
     def __init__(self, rpc: str) -> None:
         self.rpc = rpc
+        self.started = 0
         self.codes = [0] * _CODES
         self.duration_s = Histogram(DURATION_BOUNDS_S)
         self.refused = 0

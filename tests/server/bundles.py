@@ -89,8 +89,10 @@ def write_card(folder: Path, card: vae_pb2.ModelCard) -> None:
     (folder / "model.json").write_text(text)
 
 
-def encoder(image_shape: Sequence[int], latent_shape: Sequence[int], digest: str = DIGEST) -> onnx.ModelProto:
-    """Return image -> mean = image W, stddev = exp(-mean)."""
+def encoder(
+    image_shape: Sequence[int], latent_shape: Sequence[int], digest: str = DIGEST, *, salt: int = 0
+) -> onnx.ModelProto:
+    """Return image -> mean = image W, stddev = exp(-mean); each `salt` has a W of its own."""
     pixels, size = int(np.prod(image_shape)), int(np.prod(latent_shape))
     nodes = [
         helper.make_node("Flatten", ["image"], ["flat"], axis=1),
@@ -103,12 +105,14 @@ def encoder(image_shape: Sequence[int], latent_shape: Sequence[int], digest: str
         nodes,
         {"image": image_shape},
         {"mean": latent_shape, "stddev": latent_shape},
-        {"weight": _weight(pixels, size), "shape": np.array([-1, *latent_shape])},
+        {"weight": _weight(pixels, size, salt), "shape": np.array([-1, *latent_shape])},
         digest,
     )
 
 
-def decoder(image_shape: Sequence[int], latent_shape: Sequence[int], digest: str = DIGEST) -> onnx.ModelProto:
+def decoder(
+    image_shape: Sequence[int], latent_shape: Sequence[int], digest: str = DIGEST, *, salt: int = 0
+) -> onnx.ModelProto:
     """Return latent -> image = sigmoid(z) with z = latent W; not a number where z^2 overflows."""
     pixels, size = int(np.prod(image_shape)), int(np.prod(latent_shape))
     nodes = [
@@ -124,7 +128,7 @@ def decoder(image_shape: Sequence[int], latent_shape: Sequence[int], digest: str
         nodes,
         {"latent": latent_shape},
         {"image": image_shape},
-        {"weight": _weight(size, pixels), "shape": np.array([-1, *image_shape])},
+        {"weight": _weight(size, pixels, salt), "shape": np.array([-1, *image_shape])},
         digest,
     )
 
@@ -226,8 +230,8 @@ def model(
     return made
 
 
-def _weight(rows: int, columns: int) -> np.ndarray:
-    random = np.random.default_rng(rows * 1009 + columns)
+def _weight(rows: int, columns: int, salt: int = 0) -> np.ndarray:
+    random = np.random.default_rng([rows * 1009 + columns, salt] if salt else rows * 1009 + columns)
     return (random.standard_normal((rows, columns)) / np.sqrt(rows)).astype(np.float32)
 
 
