@@ -78,6 +78,12 @@ def test_only_metrics_and_tracing_know_who_watches(module: str) -> None:
     assert ("opentelemetry" in roots) == (module == "tracing")
 
 
+@pytest.mark.parametrize("module", sorted(MODULES))
+def test_only_the_face_of_other_servers_imports_their_client(module: str) -> None:
+    roots = {name.partition(".")[0] for name in imports(MODULES[module])}
+    assert module.startswith("oip") or "tritonclient" not in roots
+
+
 def test_no_module_imports_itself_in_a_circle() -> None:
     arrows = {
         module: {name.split(".")[1] for name in imports(file) if name.startswith("vaeserve_server.")} & MODULES.keys()

@@ -17,9 +17,12 @@ pytest.importorskip("tritonclient.grpc", reason='the protocol is an extra; pip i
 from tritonclient.grpc import InferenceServerClient, InferenceServerException, service_pb2, service_pb2_grpc
 
 from bundles import ENCODER, slow_encoder, write_bundle
-from oip_calls import add, inputs, request
+from certificates import Authority
+from oip_calls import add, inputs, request, scalars
 from serving import RunningServer, queued_rows, running_server
+from vaeserve_server import tokens
 from vaeserve_server.app import Server
+from vaeserve_server.tokens import TokenFile
 
 IMAGE, LATENT = (1, 4, 4), (3,)
 A_SECOND, MUCH_TOO_LONG = 0.02, 1.0
@@ -80,6 +83,30 @@ def test_deadlines_and_timeouts_end_calls(slow_server: RunningServer, oip: Any) 
     error = failure(late.result)
     assert (error.code(), error.details()) == (EXPIRED, "the deadline passed while the call was queued")
     assert running.result().model_name == "mnist-encoder"
+
+
+@pytest.mark.parametrize("transport", ["grpc", "envoy"])
+def test_certificates_and_tokens_are_asked_for_as_ever(several_models: Path, tmp_path: Path, transport: str) -> None:
+    if transport == "envoy":
+        pytest.importorskip("pyvoy")
+    authority = Authority(tmp_path)
+    certificate, key = authority.issue()
+    secret, token = tokens.make("triton", ["inference.GRPCInferenceService/ModelInfer"], None)
+    (tmp_path / "tokens.json").write_text(TokenFile(tokens=(token,)).model_dump_json(exclude_none=True))
+    protected = {"tls_cert": certificate, "tls_key": key, "tokens": tmp_path / "tokens.json"}
+    with (
+        running_server(several_models, oip=True, transport=transport, **protected) as server,
+        InferenceServerClient(server.target, ssl=True, root_certificates=str(authority.file)) as client,
+    ):
+        assert client.is_server_ready()  # as open as the health service
+        count = scalars(count=2, seed=7)
+        with pytest.raises(InferenceServerException) as refused:
+            client.infer("mnist-sampler", count)
+        assert refused.value.status() == "StatusCode.UNAUTHENTICATED"
+        bearer = {"authorization": f"Bearer {secret}"}
+        assert client.infer("mnist-sampler", count, headers=bearer).as_numpy("latent").shape == (2, 4)
+        with pytest.raises(InferenceServerException, match="the token triton is not for"):
+            client.get_model_metadata("mnist-sampler", headers=bearer)
 
 
 @pytest.mark.in_process
