@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
-from vaeserve import _calls, _settings
+from vaeserve import _calls, _settings, _token
 from vaeserve._results import Array, ModelInfo, ModelLike, ModelRef
 from vaeserve.errors import (
     ClientClosed,
@@ -32,7 +33,8 @@ class ClientBase:
         calls_in_flight: int = _calls.DEFAULT_CALLS_IN_FLIGHT,
         max_attempts: int = _settings.MAX_ATTEMPTS,
         tls: _settings.TLS | bool = False,
-        token: str | None = None,
+        token: str | Path | None = None,
+        insecure: bool = False,
         metadata: Mapping[str, str | bytes] | Sequence[tuple[str, str | bytes]] = (),
         connections: int = 1,
         max_message_bytes: int = _settings.MAX_MESSAGE_BYTES,
@@ -52,7 +54,10 @@ class ClientBase:
             calls_in_flight: how many calls a bulk verb keeps under way, and so how many it holds in memory.
             max_attempts: how often a call is tried while the server is unavailable or full: 1 (once) to 5.
             tls: False for none, True for the public authorities, or a TLS value.
-            token: sent as `authorization: Bearer ...` with each call.
+            token: shown to the server with each call, as `authorization: Bearer ...`; a Path is a file that holds it,
+                read again when it changes. None takes VAESERVE_TOKEN, else the file VAESERVE_TOKEN_FILE, of the
+                environment; "" is none.
+            insecure: send the token to another machine although the connection is not encrypted.
             metadata: further gRPC metadata to send with each call.
             connections: how many connections to spread the calls over.
             max_message_bytes: the largest message to send or receive.
@@ -74,7 +79,12 @@ class ClientBase:
         self._timeout_s = _settings.check_timeout(timeout_s)
         self._rows_per_call = rows_per_call
         self._calls_in_flight = calls_in_flight
-        self._metadata = _settings.call_metadata(token, metadata)
+        self._extra_metadata = _settings.call_metadata(metadata)
+        self._token = _token.find(token)
+        if self._token is not None:
+            self._token.check_connection(
+                encrypted=bool(tls), local=_settings.is_local(target), insecure=insecure, target=target
+            )
         self._cards: dict[ModelRef, ModelInfo] = {}
         self._closed = False
         self._open()
@@ -87,6 +97,13 @@ class ClientBase:
     def target(self) -> str:
         """Where the server is."""
         return self._settings.target
+
+    @property
+    def _metadata(self) -> _settings.Metadata:
+        """What every call carries."""
+        if self._token is None:
+            return self._extra_metadata
+        return (("authorization", self._token.header()), *self._extra_metadata)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.target!r})"

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ipaddress
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -80,7 +82,7 @@ class ChannelSettings:
         ]
         if self.connections > 1:  # channels with equal arguments would share one connection
             options.append(("grpc.use_local_subchannel_pool", 1))
-        if _is_loopback(self.target):  # no proxy reaches this machine's own addresses
+        if is_local(self.target):  # no proxy reaches this machine's own addresses
             options.append(("grpc.enable_http_proxy", 0))
         if self.tls and self.tls.server_name:
             options.append(("grpc.ssl_target_name_override", self.tls.server_name))
@@ -107,11 +109,10 @@ def service_config(max_attempts: int) -> str:
     return json.dumps({"methodConfig": [method], "healthCheckConfig": {"serviceName": SERVICE}})
 
 
-def call_metadata(token: str | None, extra: Mapping[str, str | bytes] | Sequence[tuple[str, str | bytes]]) -> Metadata:
-    """Return what every call carries; keys are lower case, as gRPC wants them."""
+def call_metadata(extra: Mapping[str, str | bytes] | Sequence[tuple[str, str | bytes]]) -> Metadata:
+    """Return the caller's own metadata; keys are lower case, as gRPC wants them."""
     pairs = extra.items() if isinstance(extra, Mapping) else extra
-    metadata = tuple((key.lower(), value) for key, value in pairs)
-    return (("authorization", f"Bearer {token}"), *metadata) if token else metadata
+    return tuple((key.lower(), value) for key, value in pairs)
 
 
 def check_timeout(timeout_s: float) -> float:
@@ -125,6 +126,19 @@ def _names_several(target: str) -> bool:
     return target.startswith(("ipv4:", "ipv6:")) and "," in target
 
 
-def _is_loopback(target: str) -> bool:
-    host = target.removeprefix("dns:///")
-    return host.startswith(("127.", "localhost:", "[::1]", "unix:", "ipv4:127.", "ipv6:[::1]"))
+def is_local(target: str) -> bool:
+    """Return whether all that a target names is on this machine. A name other than localhost may be anywhere."""
+    if target.startswith(("unix:", "unix-abstract:")):
+        return True
+    scheme, _, rest = target.partition(":")
+    addresses = rest.split(",") if scheme in {"ipv4", "ipv6"} else [target.removeprefix("dns:///").removeprefix("dns:")]
+    return all(_is_loopback(address) for address in addresses)
+
+
+def _is_loopback(address: str) -> bool:
+    bracketed = re.match(r"\[(.*)\]", address)
+    host = bracketed[1] if bracketed else address.rpartition(":")[0] or address
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"

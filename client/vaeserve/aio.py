@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, AsyncIterable, Iterable, Mapping, Sequence
 from contextlib import aclosing
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, SupportsIndex
 
@@ -40,7 +41,8 @@ class AsyncClient(AsyncioTransport):
         calls_in_flight: int = _calls.DEFAULT_CALLS_IN_FLIGHT,
         max_attempts: int = _settings.MAX_ATTEMPTS,
         tls: _settings.TLS | bool = False,
-        token: str | None = None,
+        token: str | Path | None = None,
+        insecure: bool = False,
         metadata: Mapping[str, str | bytes] | Sequence[tuple[str, str | bytes]] = (),
         connections: int = 1,
         max_message_bytes: int = _settings.MAX_MESSAGE_BYTES,
@@ -65,6 +67,7 @@ class AsyncClient(AsyncioTransport):
             max_attempts=max_attempts,
             tls=tls,
             token=token,
+            insecure=insecure,
             metadata=metadata,
             connections=connections,
             max_message_bytes=max_message_bytes,

@@ -181,7 +181,12 @@ def _server_options() -> argparse.ArgumentParser:
     group.add_argument("--certificate", type=Path, metavar="PEM", help="this client's certificate")
     group.add_argument("--private-key", type=Path, metavar="PEM", help="this client's key")
     group.add_argument("--server-name", help="the name in the server's certificate, if it is not the target's host")
-    group.add_argument("--token-file", type=Path, help="a file with the token to send as `authorization: Bearer`")
+    group.add_argument(
+        "--token-file", type=Path, help="a file with the token to show (default: $VAESERVE_TOKEN, $VAESERVE_TOKEN_FILE)"
+    )
+    group.add_argument(
+        "--insecure", action="store_true", help="show it to another machine although the connection is not encrypted"
+    )
     return options
 
 
@@ -198,7 +203,8 @@ def _connect(options: argparse.Namespace) -> Client:
         model=ModelRef(options.model, options.version),
         timeout_s=options.timeout,
         tls=tls,
-        token=options.token_file.read_text().strip() if options.token_file else None,
+        token=options.token_file,
+        insecure=options.insecure,
     )
 
 
