@@ -94,6 +94,7 @@ class Server:
             raise
         if self._metrics is not None and self.settings.workers == 1:  # else there is one page for all
             _log.info("metrics", extra={"fields": {"url": self._metrics.url}})
+        self._credentials.say_who_may_call()
         self._health.set_serving(True)
 
     async def stop(self) -> None:

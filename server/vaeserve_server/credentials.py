@@ -35,14 +35,13 @@ class Credentials:
         self.access = Access(self._tokens, open_health=settings.open_health)
 
     async def load(self) -> None:
-        """Read all there is, and say in the log who may call; StartError if a file cannot be used."""
+        """Read all there is; StartError if a file cannot be used."""
         if self._tokens:
             self._renewals.append(Renewal("the file of tokens", [self._tokens.path], self._read_tokens))
             await self._read_tokens()
         if self.tls:
             self._renewals.append(Renewal("the certificate", self.tls.files.all(), self._read_tls))
             await asyncio.to_thread(self.tls.load)
-        self._say_who_may_call()
 
     def watch(self, renew_tls: Callable[[], Awaitable[None]]) -> None:
         """Read again what changes, from now on. `renew_tls` is called when there is another certificate."""
@@ -63,7 +62,8 @@ class Credentials:
         await asyncio.to_thread(self.tls.load)
         await self._renew_tls()
 
-    def _say_who_may_call(self) -> None:
+    def say_who_may_call(self) -> None:
+        """Log it, as a warning if that is anybody on a network."""
         asks_certificates = bool(self.tls and self.tls.files.client_ca)
         fields = {
             "encrypted": self.tls is not None,
