@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import json
 import math
 from dataclasses import replace
@@ -15,14 +16,18 @@ from torch.distributions import MultivariateNormal
 from linear_gaussian import LinearDecoder, normal
 from runs import tiny_config, tiny_data
 from vaeserve.v1 import vae_pb2
-from vaeserve_training import checkpoint, objectives, report
+from vaeserve_training import checkpoint, fid, objectives, report
+from vaeserve_training.config import DataConfig, PriorConfig
 from vaeserve_training.data import load
 from vaeserve_training.evaluate import Bound, bound, evaluate, iw_nll, latent_statistics
 from vaeserve_training.fit import fit
 from vaeserve_training.models import Vae, build
 from vaeserve_training.objectives import Posterior
+from vaeserve_training.prior import FlowPrior
 from vaeserve_training.randomness import Stream, image_noise
 from vaeserve_training.report import EvaluationError, Report
+
+MNIST_SUBSET = Path(__file__).parents[1] / "data" / "mnist_subset.npz"
 
 
 @pytest.fixture(scope="module")
@@ -281,3 +286,25 @@ def test_the_table_shows_the_figures_and_the_protocols_in_words(trained: checkpo
         assert f"{entry.neg_elbo_nats:.6g}" in text
     assert f"{found.evaluations[0].iw_nll_nats:.6g}" in text
     assert "bits per dimension" not in text
+
+
+def test_samples_like_the_data_are_nearer_to_it_under_both_priors(trained: checkpoint.Checkpoint) -> None:
+    data = load(DataConfig(dataset="arrays", path=MNIST_SUBSET))
+    noise_decoder = copy.deepcopy(trained.vae)
+    noise_decoder.decoder.output_bias.data += 3 * torch.randn(1, 28, 28)
+    flow = FlowPrior(PriorConfig(couplings=2, hidden=4), trained.vae.latent_size)
+    found = fid.fid_lenet(trained.vae, data, 200, prior=flow)
+    worse = fid.fid_lenet(noise_decoder, data, 200)
+    assert found.test < found.standard < worse.standard
+    assert found.fitted == pytest.approx(found.standard, rel=1.0)  # a fresh flow is N(0, I)
+    assert worse.fitted is None
+    assert found.accuracy > 0.5
+
+
+def test_fid_needs_enough_images_and_labels(trained: checkpoint.Checkpoint, digits: np.ndarray) -> None:
+    data = load(DataConfig(dataset="arrays", path=MNIST_SUBSET))
+    for samples in (84, 300):
+        with pytest.raises(EvaluationError, match=rf"fid_samples is {samples}.*1024 training and 256 test.*85 to 256"):
+            fid.fid_lenet(trained.vae, data, samples)
+    with pytest.raises(EvaluationError, match=r"no labels.*leave fid_samples out"):
+        fid.fid_lenet(trained.vae, replace(data, test_labels=None), 100)

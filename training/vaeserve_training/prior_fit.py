@@ -74,8 +74,17 @@ def fit_prior(
     return FittedPrior(fit_flow(posterior, config, advance=advance), config, model.weights_sha256)
 
 
-def fit_flow(posterior: Posterior, config: PriorConfig, *, advance: Callable[[int], None] | None = None) -> FlowPrior:
-    """Fit a flow to the mixture of these posteriors, (N, D), on their device, and return it on the CPU."""
+def fit_flow(
+    posterior: Posterior,
+    config: PriorConfig,
+    *,
+    advance: Callable[[int], None] | None = None,
+    log_level: int = logging.INFO,
+) -> FlowPrior:
+    """Fit a flow to the mixture of these posteriors, (N, D), on their device, and return it on the CPU.
+
+    What held-back latents cost on the way is logged at `log_level`.
+    """
     device = posterior.mean.device
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed_of(config.seed, Stream.PRIOR))
@@ -87,7 +96,9 @@ def fit_flow(posterior: Posterior, config: PriorConfig, *, advance: Callable[[in
     _standardise(flow, Posterior(posterior.mean[training], posterior.log_variance[training]))
     optimiser = torch.optim.Adam(flow.parameters(), lr=config.learning_rate)
     best, best_nats = copy.deepcopy(flow), _cross_entropy(flow, judge)
-    logger.info("held-back latents cost %.2f nats under N(0, I)", -float(standard_normal_log_density(judge).mean()))
+    logger.log(
+        log_level, "held-back latents cost %.2f nats under N(0, I)", -float(standard_normal_log_density(judge).mean())
+    )
     for step in range(config.steps):
         source = generator(config.seed, Stream.PRIOR, 1 + step, device=device)
         picked = training[torch.randint(len(training), (config.batch_size,), generator=source, device=device)]
@@ -99,7 +110,7 @@ def fit_flow(posterior: Posterior, config: PriorConfig, *, advance: Callable[[in
         optimiser.step()
         if (step + 1) % max(1, config.steps // _CHECKS) == 0:
             nats = _cross_entropy(flow, judge)
-            logger.info("prior step %d/%d: held-back latents cost %.2f nats", step + 1, config.steps, nats)
+            logger.log(log_level, "prior step %d/%d: held-back latents cost %.2f nats", step + 1, config.steps, nats)
             if nats < best_nats:
                 best, best_nats = copy.deepcopy(flow), nats
         if advance:

@@ -26,6 +26,7 @@ class Stream(IntEnum):
     POSTERIOR = 4
     IMPORTANCE = 5
     PRIOR = 6
+    GENERATED = 7
     PICTURES = 7
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from google.protobuf import json_format
@@ -33,6 +33,21 @@ class EvaluationError(RuntimeError):
 
 
 @dataclass(frozen=True)
+class Fid:
+    """FID-LeNet, see fid.py: squared Frechet distances of `samples` images to as many training images."""
+
+    samples: int
+    standard: float
+    """Decoded draws from N(0, I)."""
+    fitted: float | None
+    """Decoded draws from the fitted prior, from the same noise; None if there is none."""
+    test: float
+    """Test images: the floor, what real images reach with this many."""
+    accuracy: float
+    """Share of the test images that the classifier takes for what they are."""
+
+
+@dataclass(frozen=True)
 class Report:
     """What `vaeserve-train evaluate` finds: one Evaluation per protocol, and the latents under the first of them.
 
@@ -44,6 +59,7 @@ class Report:
     latent_statistics: vae_pb2.LatentStatistics
     weights_sha256: str = ""
     prior_sha256: str = ""
+    fid_lenet: Fid | None = None
 
     def to_json(self) -> str:
         """Return the report as indented JSON, with the field names of vae.proto."""
@@ -53,6 +69,7 @@ class Report:
                 "prior_sha256": self.prior_sha256,
                 "evaluations": [_to_dict(evaluation) for evaluation in self.evaluations],
                 "latent_statistics": _to_dict(self.latent_statistics),
+                "fid_lenet": None if self.fid_lenet is None else asdict(self.fid_lenet),
             },
             indent=2,
         )
@@ -64,7 +81,14 @@ class Report:
             record = json.loads(path.read_bytes())
             evaluations = [json_format.ParseDict(entry, vae_pb2.Evaluation()) for entry in record["evaluations"]]
             latents = json_format.ParseDict(record["latent_statistics"], vae_pb2.LatentStatistics())
-            return cls(evaluations, latents, str(record["weights_sha256"]), str(record["prior_sha256"]))
+            fid = record.get("fid_lenet")
+            return cls(
+                evaluations,
+                latents,
+                str(record["weights_sha256"]),
+                str(record["prior_sha256"]),
+                None if fid is None else Fid(**fid),
+            )
         except OSError as error:
             raise EvaluationError(f"cannot read {path}: {error.strerror}") from error
         except (ValueError, KeyError, TypeError, json_format.ParseError) as error:
@@ -88,7 +112,27 @@ def table(report: Report) -> Group:
         values = [f"{getattr(entry, name):.6g}" if entry.HasField(name) else "" for entry in report.evaluations]
         if any(values):
             figures.add_row(words, *values)
-    return Group(figures, *protocols, _latent_table(report.latent_statistics))
+    samples = [] if report.fid_lenet is None else [_fid_table(report.fid_lenet)]
+    return Group(figures, *protocols, *samples, _latent_table(report.latent_statistics))
+
+
+def _fid_table(fid: Fid) -> Table:
+    distances = Table(
+        title="FID-LeNet, less is better",
+        caption=f"{fid.samples} decoded means against as many training images; classifier trained here, "
+        f"{fid.accuracy:.1%} of the test images right",
+    )
+    distances.add_column("images")
+    distances.add_column("distance", justify="right")
+    rows = {
+        "draws from N(0, I)": fid.standard,
+        "draws from the fitted prior": fid.fitted,
+        "test images (floor)": fid.test,
+    }
+    for words, value in rows.items():
+        if value is not None:
+            distances.add_row(words, f"{value:.4g}")
+    return distances
 
 
 def _latent_table(statistics: vae_pb2.LatentStatistics) -> Table:

@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 from rich.console import Console
 
-from vaeserve_training import atomic, checkpoint, prior_fit, report
+from vaeserve_training import atomic, checkpoint, fid, prior_fit, report
 from vaeserve_training.checkpoint import CheckpointError
 from vaeserve_training.commands.flags import Flags, log_to_stderr, parse, say
 from vaeserve_training.compute import choose_device
@@ -36,6 +36,8 @@ class EvaluateFlags(Flags):
     """Importance samples k of the importance-weighted NLL, 5000 in the literature; 0 leaves it out."""
     images: Annotated[int | None, Field(ge=1)] = None
     """Use only the first so many test images; the protocol says so."""
+    fid_samples: Annotated[int, Field(ge=0)] = 0
+    """Samples under each prior whose FID-LeNet is wanted, e.g. 10000; needs labels and trains a classifier first."""
     seed: Annotated[int, Field(ge=0)] = 0
     """Seed of the binarisation (or dequantisation) and of the posterior noise."""
     batch_size: Annotated[int, Field(ge=1)] = DEFAULT_BATCH_SIZE
@@ -72,10 +74,15 @@ def run(arguments: Sequence[str]) -> int:
             prior=prior,
             advance=bar.advance,
         )
+    quality = None
+    if flags.fid_samples:
+        with Bar("training FID-LeNet", fid.work(data), show=not flags.quiet) as bar:
+            quality = fid.fid_lenet(
+                model.vae, data, flags.fid_samples, prior=prior, seed=flags.seed, advance=bar.advance
+            )
+    found = replace(found, weights_sha256=model.weights_sha256, prior_sha256=digest, fid_lenet=quality)
     output = flags.output or report.default_path(model.path)
-    atomic.write_file(
-        output, replace(found, weights_sha256=model.weights_sha256, prior_sha256=digest).to_json().encode()
-    )
+    atomic.write_file(output, found.to_json().encode())
     if not flags.quiet:
         Console().print(report.table(found))
     say(f"wrote {output}")

@@ -21,11 +21,11 @@ _CLASSIFIER_STEP_S = 1.3e-2
 
 def plan(lab: Lab, numbers: Sequence[int], todo: Sequence[Step], workers: int) -> Table:
     """Return, for a terminal, what each step trains and takes; a network counts where it is needed first."""
-    table = Table(title=f"The ladder, {lab.scale.name}")
+    table = Table(title=f"The ladder, {lab.scale.name}, in seconds of one core at most")
     table.add_column("step", justify="right")
     table.add_column("")
-    table.add_column("networks to train", justify="right")
-    table.add_column("seconds of one core, at most", justify="right")
+    table.add_column("networks", justify="right")
+    table.add_column("time", justify="right")
     counted: set[str] = set()
     total_s = 0.0
     for number in sorted(set(numbers)):
@@ -37,10 +37,9 @@ def plan(lab: Lab, numbers: Sequence[int], todo: Sequence[Step], workers: int) -
         counted |= tasks.keys()
         seconds = sum(training_s(lab, task) for task in tasks.values()) + step.measure_s * len(lab.scale.seeds)
         total_s += seconds
-        table.add_row(str(number), step.title, str(len(tasks)), f"{seconds:.0f}")
+        table.add_row(str(number), step.title, str(len(tasks)), f"{seconds:.0f} s")
     table.add_section()
-    minutes = f"{total_s / workers / 60:.0f} minutes on {workers} quiet core{'s' * (workers > 1)}"
-    table.add_row("", f"together: about {minutes}", str(len(counted)), f"{total_s:.0f}")
+    table.add_row("", f"together, on {workers} at a time", str(len(counted)), f"{total_s / workers / 60:.1f} min")
     return table
 
 

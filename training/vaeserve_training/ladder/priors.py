@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 
 import torch
@@ -33,7 +34,7 @@ def fitted_flow(lab: Lab, system: System, count: int, seed: int) -> Tensor:
     """Return draws from a flow fitted to the system's codes of the training images: the bundle's prior, prior.py."""
     config = lab.scale.prior.model_copy(update={"seed": seed})
     with cpu_threads(1):
-        flow = fit_flow(system.posteriors(lab.train_pixels), config)
+        flow = fit_flow(system.posteriors(lab.train_pixels), config, log_level=logging.DEBUG)
         latent: Tensor = flow(unit_gaussian(lab, system, count, seed))
     return latent
 
