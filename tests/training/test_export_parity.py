@@ -76,3 +76,24 @@ def test_the_inputs_are_what_the_gate_promises(latents: NDArray[np.float32], tes
     assert extreme.all(axis=1).sum() == 64, "every latent at once"
     assert (extreme.sum(axis=1) == 1).sum() >= 60, "one latent alone"
     assert ((extreme.sum(axis=1) > 1) & ~extreme.all(axis=1)).sum() >= 60, "some of them"
+
+
+class Cancelling(nn.Module):
+    """The decoder, behind a sum whose large terms cancel but for what float32 drops of them."""
+
+    def __init__(self, decoder: nn.Module, size: float) -> None:
+        super().__init__()
+        self.decoder, self.size = decoder, size
+
+    def forward(self, latent: torch.Tensor) -> torch.Tensor:
+        image: torch.Tensor = self.decoder(latent)
+        return image + self.size - self.size
+
+
+def test_where_float32_decides_nothing_the_refusal_says_so(
+    model: Checkpoint, decoder: bytes, latents: NDArray[np.float32]
+) -> None:
+    with pytest.raises(ExportError, match=r"Nothing was published\. PyTorch's own float32 .* lower learning rate"):
+        parity.measure("decoder.onnx", decoder, Cancelling(model.vae.decoder, 1e4), latents)
+    with pytest.raises(ExportError, match=r"Nothing was published$"):
+        parity.measure("decoder.onnx", decoder, Shifted(model.vae.decoder, 3e-5), latents)
