@@ -1,7 +1,8 @@
 """README's blocks do what they say. GPU blocks are only parsed: no GPU is here.
 
 A block's info string says what it is: `python` runs against a server, `bash cli` and `bash train` run as they stand,
-`bash make` is what .ci/run or a test here runs, `bash grpcurl` runs in the real one where it is there, else in ours.
+`bash ladder` climbs its first step, `bash make` is what .ci/run or a test here runs, `bash grpcurl` runs in the real one
+where it is there, else in ours.
 """
 
 from __future__ import annotations
@@ -60,7 +61,9 @@ def run(words: list[str], folder: Path, **variables: str) -> None:
 
 
 def test_every_block_is_of_a_kind_that_is_checked() -> None:
-    known = {("python", "")} | {("bash", kind) for kind in ("make", "cli", "train", "gpu", "docker", "grpcurl")}
+    known = {("python", "")} | {
+        ("bash", kind) for kind in ("make", "cli", "train", "ladder", "gpu", "docker", "grpcurl")
+    }
     assert {(language, kind) for language, kind, _ in BLOCKS} <= known
 
 
@@ -115,6 +118,16 @@ def test_training_blocks_train_on_a_folder_and_publish(tmp_path: Path, test_imag
         shorter = ["--optimiser.epochs", "1", "--run.threads", "1"] if words[1] == "fit" else []
         run([*words, *shorter], tmp_path)
     assert (tmp_path / "models" / "mine" / "1" / "model.json").is_file()
+
+
+def test_the_ladder_block_climbs_its_first_step(tmp_path: Path) -> None:
+    images = ["--data.dataset", "arrays", "--data.path", str(ROOT / "tests" / "data" / "mnist_subset.npz")]
+    (words,) = commands("ladder")
+    run([*words, "--steps", "1", "--device", "cpu", *images], tmp_path)
+    assert (tmp_path / "runs" / "ladder" / "report.html").is_file()
+    pictures = re.findall(r"!\[.+?\]\((.+?)\)", README)
+    assert len(pictures) > 5
+    assert all((ROOT / picture).stat().st_size < 60_000 for picture in pictures)
 
 
 def test_make_blocks_are_run_by_ci_or_here() -> None:
