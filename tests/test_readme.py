@@ -1,8 +1,8 @@
 """README's blocks do what they say. GPU blocks are only parsed: no GPU is here.
 
 A block's info string says what it is: `python` runs against a server, `bash cli` and `bash train` run as they stand,
-`bash ladder` climbs its first step, `bash make` is what .ci/run or a test here runs, `bash grpcurl` runs in the real one
-where it is there, else in ours.
+`bash ladder` climbs its first step, `bash make` is what .ci/run or a test here runs, `bash grpcurl` runs in the real
+one where it is there, else in ours.
 """
 
 from __future__ import annotations
