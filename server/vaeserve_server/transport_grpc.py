@@ -7,6 +7,7 @@ So that is off, and messages are unpacked here, never further than the limit.
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
@@ -28,6 +29,14 @@ _FOREVER_S = 1e6
 _IDENTITY_AND_GZIP = 0b101  # grpcio's bits; deflate data could not be told from a message
 
 
+def _is_no_gone_caller(record: logging.LogRecord) -> bool:
+    """Tell whether a line of grpcio's is not its complaint, with a traceback, that a caller left before its answer."""
+    return not str(record.msg).startswith("ExecuteBatchError raised in core by servicer method")
+
+
+_GRPCIO_LOG = logging.getLogger("grpc._cython.cygrpc")
+
+
 class GrpcTransport:
     """One listening port: `start`, `refuse`, `close`, once each."""
 
@@ -45,6 +54,7 @@ class GrpcTransport:
         `share_port` lets other processes listen on the same port, each with its share of clients.
         """
         self._tls = tls
+        _GRPCIO_LOG.addFilter(_is_no_gone_caller)
         self._server = grpc.aio.server(
             interceptors=[grpc_access.Gate(calls)] if calls.access.tokens else None,
             options=[

@@ -33,9 +33,9 @@ from soak_wishes import Books  # noqa: E402
 
 KINDS = ("blocking", "asyncio")
 VERBS = ("encode", "decode", "sample")
-_RELOADS = 200
-_WATCH_S = 0.2
-_LONGEST_PAUSE_S = 5.0
+_VERSIONS = 220
+_WATCH_S = 0.1  # and a version is taken when two looks have seen it
+_SHORTEST_PAUSE_S, _LONGEST_PAUSE_S = 0.3, 5.0
 _HANG_UPS, _KILLS_PER_MINUTE = 10, 2
 _FAULTS = ("UNKNOWN", "INTERNAL", "DATA_LOSS", "UNIMPLEMENTED")
 
@@ -138,7 +138,6 @@ class Soak:
     def _trouble(self, until: float) -> None:
         """Publish, hang up and kill until the time is over."""
         seconds = self._options.seconds
-        pause_s = min(_LONGEST_PAUSE_S, seconds / (_RELOADS + 20))
         kills = self._moments(until, max(1, round(_KILLS_PER_MINUTE * seconds / 60)) if self._is_killed() else 0)
         hang_ups = self._moments(until, _HANG_UPS)
         next_kill, next_hang_up = next(kills, until), next(hang_ups, until)
@@ -150,7 +149,8 @@ class Soak:
             if now >= next_kill:
                 self._server.kill_one()
                 next_kill = next(kills, until)
-            time.sleep(pause_s)
+            pause_s = (until - time.monotonic()) / max(1, _VERSIONS - self._publisher.published)
+            time.sleep(min(max(pause_s, _SHORTEST_PAUSE_S), _LONGEST_PAUSE_S))
 
     def _moments(self, until: float, count: int) -> Iterator[float]:
         """Yield times that cut what is left in equal parts."""
@@ -222,6 +222,8 @@ class Soak:
             for name in ("descriptors", "threads"):
                 values = [getattr(figures, name) for figures in (first, last, rest[pid])]
                 self._rows.append((f"    {name}: early, late, at rest", *values))
+            tenths = [samples[(len(samples) - 1) * tenth // 10].figures.memory_mb for tenth in range(11)]
+            self._rows.append(("    MB over time", " ".join(f"{memory_mb:.0f}" for memory_mb in tenths)))
             self.problems += [f"process {pid}: {problem}" for problem in growth(samples, rest[pid])]
         self._rows.append(("versions published", self._publisher.published))
         self._rows.append(("workers killed", self._server.kills))
