@@ -109,11 +109,11 @@ class Batcher:
     async def submit(self, work: Work, deadline: float = math.inf) -> Outputs:
         """Return the answer to `work`, once its rows have been through the graph.
 
-        `deadline` is in the loop's time. Raises QueueFullError, DeadlineError, GraphRunError, or what `refuse` returns.
+        `deadline` is time.monotonic()'s. Raises QueueFullError, DeadlineError, GraphRunError, or what `refuse` returns.
         """
         if self.queued_rows + work.rows > self._max_queue_rows:
             raise self._queue_full(work.rows)
-        job = Job(work, deadline, self._loop.create_future(), self.stats, self._loop.time())
+        job = Job(work, deadline, self._loop.create_future(), self.stats, time.monotonic())
         watched = passages.get(None)
         if watched is not None:
             watched.append(job)
@@ -142,7 +142,7 @@ class Batcher:
             return None
         share = -(-self.queued_rows // max(1, min(free_threads, worthwhile)))
         limit = min(share, self._max_batch_rows)
-        now = self._loop.time()
+        now = time.monotonic()
         pieces: list[Piece] = []
         rows = 0
         while rows < limit and self._queue:
@@ -191,7 +191,7 @@ class Batcher:
     def answer(self, pieces: Sequence[Piece], answers: Sequence[Outputs | Exception], seconds: float) -> None:
         """Give every call its piece, and note how fast rows are going through."""
         rows = sum(piece.stop - piece.start for piece in pieces)
-        now = self._loop.time()
+        now = time.monotonic()
         for piece, answer in zip(pieces, answers, strict=True):
             self._note(piece, rows, seconds, now)
             if isinstance(answer, Exception):

@@ -12,6 +12,7 @@ import itertools
 import logging
 import math
 import secrets
+import time
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
@@ -69,7 +70,7 @@ class Method:
 
 
 class EndedCall(NamedTuple):
-    """A call that is over. Times are the event loop's; `passages` are its ways through graphs, in order."""
+    """A call that is over. Times are time.monotonic()'s; `passages` are its ways through graphs, in order."""
 
     call_id: str
     service: str
@@ -95,7 +96,6 @@ class Calls:
         self.services = list(dict.fromkeys(method.service for method in methods))
         self.tracer: Tracer | None = None
         self.access = access
-        self._loop = asyncio.get_running_loop()
         self._id_prefix = secrets.token_hex(5)
         self._numbers = itertools.count()
         self._in_flight = 0
@@ -114,7 +114,7 @@ class Calls:
         `remaining_s` is the time until the caller's deadline, None without one. Cancelling takes the call's rows out of
         the queue.
         """
-        started = self._loop.time()
+        started = time.monotonic()
         deadline = math.inf if remaining_s is None else started + remaining_s
         call_id = self._new_id()
         went: list[Passage] = []
@@ -132,7 +132,7 @@ class Calls:
             code = failure.code
             raise CallFailedError(failure.with_metadata(self._trailers(call_id, went))) from None
         except asyncio.CancelledError:
-            expired = self._loop.time() > deadline - _CLOCK_S
+            expired = time.monotonic() > deadline - _CLOCK_S
             code = code_pb2.DEADLINE_EXCEEDED if expired else code_pb2.CANCELLED
             raise
         except Exception:  # noqa: BLE001 - the caller hears nothing of it but the id
@@ -142,7 +142,7 @@ class Calls:
             self._in_flight -= 1
             if self._awaited and not self._in_flight:
                 self._idle.set()
-            ended = EndedCall(call_id, method.service, method.name, code, started, self._loop.time(), went)
+            ended = EndedCall(call_id, method.service, method.name, code, started, time.monotonic(), went)
             _count(method.stats, ended)
             if self.tracer is not None:
                 self.tracer.trace(ended, read_metadata)
@@ -157,7 +157,7 @@ class Calls:
         try:
             self.access.check(path.removeprefix("/"), read_metadata())
         except CallError as error:
-            now = self._loop.time()
+            now = time.monotonic()
             call_id = self._new_id()
             failure = status.of_error(error)
             service, _, rpc = path.removeprefix("/").rpartition("/")
@@ -182,7 +182,7 @@ class Calls:
         """Return what the caller learns of its call: the id, and in microseconds where its time went."""
         if not went:
             return ((CALL_ID_KEY, call_id),)
-        queue_s = sum((passage.started or self._loop.time()) - passage.submitted for passage in went)
+        queue_s = sum((passage.started or time.monotonic()) - passage.submitted for passage in went)
         compute_s = sum(passage.compute_s for passage in went)
         return (
             (CALL_ID_KEY, call_id),

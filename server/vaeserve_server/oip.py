@@ -6,7 +6,7 @@ are those that tritonclient's wheel has (extra `oip`); nothing imports this modu
 
 from __future__ import annotations
 
-import asyncio
+import time
 from collections.abc import Awaitable, Callable
 from importlib.metadata import version
 from typing import Any
@@ -71,7 +71,7 @@ def methods(service: VaeService, is_serving: Callable[[str], bool]) -> list[Meth
 
 
 class _Inference:
-    """The RPCs that are offered. Each takes its request and a deadline in the event loop's time."""
+    """The RPCs that are offered. Each takes its request and a deadline, of time.monotonic()."""
 
     def __init__(self, service: VaeService, is_serving: Callable[[str], bool]) -> None:
         self._service = service
@@ -198,7 +198,7 @@ def _inputs(request: Any, view: View, engine: Engine) -> dict[str, Array]:
 def _end(parameters: Parameters, deadline: float) -> float:
     """Return the earlier of the call's deadline and the end of the timeout, in microseconds, that the request names."""
     timeout_us = parameters.integer(TIMEOUT)
-    return min(deadline, asyncio.get_running_loop().time() + timeout_us * 1e-6) if timeout_us else deadline
+    return min(deadline, time.monotonic() + timeout_us * 1e-6) if timeout_us else deadline
 
 
 def _metadata(port: Port) -> Any:

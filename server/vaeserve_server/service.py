@@ -26,7 +26,7 @@ _FITTED_PRIOR = {
 
 
 class VaeService:
-    """The five RPCs. Each takes its request and a deadline in the event loop's time, and may raise any CallError."""
+    """The five RPCs. Each takes its request and a deadline, of time.monotonic(), and may raise any CallError."""
 
     def __init__(self) -> None:
         self._repository: Repository | None = None

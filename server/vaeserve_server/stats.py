@@ -65,7 +65,9 @@ class MethodStats:
 
 
 class Passage:
-    """One call's way through one graph. Times are the event loop's, in seconds; `ended` is 0 until its rows are back.
+    """One call's way through one graph. Times are time.monotonic()'s; `ended` is 0 until its rows are back.
+
+    Not the event loop's own: uvloop counts whole milliseconds, and a queue is often a matter of microseconds.
 
     `compute_s` adds up the runs that had rows of the call, `batch_rows` is the size of the largest of them.
     """

@@ -7,7 +7,6 @@ extra `otel`; nothing else imports this module unless traces are wanted.
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections.abc import Callable
 from importlib.metadata import version
@@ -44,7 +43,6 @@ class CallTracer:
     """Sends the spans of calls to a collector, by OTLP over gRPC."""
 
     def __init__(self) -> None:
-        self._loop = asyncio.get_running_loop()
         resource = Resource.create({"service.name": "vaeserve", "service.version": version("vaeserve")})
         # What the user says of the service in the environment goes before our own words.
         self._provider = TracerProvider(resource=resource.merge(OTELResourceDetector().detect()))
@@ -103,6 +101,6 @@ class CallTracer:
             run.end(epoch_ns(passage.ended or call_ended))
 
     def _epoch(self) -> _EpochNs:
-        """Return what turns the event loop's time into nanoseconds since 1970, as the clocks stand now."""
-        zero_ns = time.time_ns() - int(self._loop.time() * 1e9)
+        """Return what turns time.monotonic() into nanoseconds since 1970, as the clocks stand now."""
+        zero_ns = time.time_ns() - int(time.monotonic() * 1e9)
         return lambda loop_s: zero_ns + int(loop_s * 1e9)

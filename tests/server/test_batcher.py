@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 import threading
+import time
 from collections.abc import Awaitable, Callable, Sequence
 from types import SimpleNamespace
 
@@ -127,7 +128,7 @@ def test_every_call_gets_its_own_rows_and_its_own_fate(
             if fate == "poison":
                 values[random.integers(rows)] = math.nan
             works.append(Rows(list(values)))
-        now = asyncio.get_running_loop().time()
+        now = time.monotonic()
         tasks = []
         for work, (_, fate) in zip(works, calls, strict=True):
             deadline = now + random.uniform(0, 0.002) if fate == "expire" else math.inf
@@ -270,7 +271,7 @@ def test_an_expired_call_costs_no_run() -> None:
 
     async def scenario(batcher: Batcher) -> None:
         with pytest.raises(DeadlineError):
-            await batcher.submit(Rows([1]), deadline=asyncio.get_running_loop().time() - 1)
+            await batcher.submit(Rows([1]), deadline=time.monotonic() - 1)
 
     with_batcher(scenario, gate)
     assert gate.batches == []
@@ -305,7 +306,8 @@ def test_an_answer_that_is_not_finite_fails_its_own_call_without_another_run() -
 
 def test_rows_that_are_not_worth_a_thread_join_the_next_run(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter([0.0, 0.0001])  # the first run, of one row
-    monkeypatch.setattr("vaeserve_server.batcher.time", SimpleNamespace(perf_counter=lambda: next(clock, 0.0)))
+    timed = SimpleNamespace(perf_counter=lambda: next(clock, 0.0), monotonic=time.monotonic)
+    monkeypatch.setattr("vaeserve_server.batcher.time", timed)
     gate = Gate()
 
     async def scenario(batcher: Batcher) -> None:
@@ -375,7 +377,8 @@ def test_a_full_queue_refuses_at_once_and_says_when_to_come_back() -> None:
 
 def test_push_back_follows_how_fast_the_queue_clears(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter([0.0, 2.0])  # the first run begins and ends
-    monkeypatch.setattr("vaeserve_server.batcher.time", SimpleNamespace(perf_counter=lambda: next(clock, 0.0)))
+    timed = SimpleNamespace(perf_counter=lambda: next(clock, 0.0), monotonic=time.monotonic)
+    monkeypatch.setattr("vaeserve_server.batcher.time", timed)
     gate = Gate()
 
     async def scenario(batcher: Batcher) -> None:

@@ -268,3 +268,18 @@ def test_a_taken_port_is_told_with_what_to_do() -> None:
             MetricsEndpoint("127.0.0.1", first.port, lambda: b"")
     finally:
         first.close()
+
+
+@pytest.mark.parametrize("transport", ["grpc", "envoy"])
+def test_times_are_finer_than_a_millisecond(tmp_path: Path, transport: str) -> None:
+    """uvloop, behind Envoy, tells the time in whole milliseconds; calls and queues take microseconds."""
+    if transport == "envoy":
+        pytest.importorskip("pyvoy")
+    write_bundle(tmp_path, image_shape=IMAGE, latent_shape=LATENT)
+    with running_server(tmp_path, transport=transport) as server, grpc.insecure_channel(server.target) as channel:
+        for _ in range(5):
+            Stub(channel).Decode(decode(1))
+        page = scrape_until(server, lambda page: page("vaeserve_call_duration_seconds_count", rpc="Decode") == 5)
+    for name in ("vaeserve_call_duration_seconds_sum", "vaeserve_queue_duration_seconds_sum"):
+        total_ms = page(name) * 1000
+        assert abs(total_ms - round(total_ms)) > 1e-6, name
