@@ -7,7 +7,7 @@ an evaluation draws the same in any batch size.
 from __future__ import annotations
 
 import math
-from enum import IntEnum
+from enum import IntEnum, unique
 
 import numpy as np
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor
 BLOCK_IMAGES = 64
 
 
+@unique
 class Stream(IntEnum):
     """What the numbers are for, so that no two uses share a generator's seed."""
 
@@ -27,7 +28,7 @@ class Stream(IntEnum):
     IMPORTANCE = 5
     PRIOR = 6
     GENERATED = 7
-    PICTURES = 7
+    PICTURES = 8
 
 
 def seed_of(*key: int) -> int:
