@@ -53,14 +53,15 @@ _OF_EVERYBODY = (
 class _Member:
     """One task's rows, and the future it waits for; `batch` is what carries them, once something does."""
 
-    __slots__ = ("array", "batch", "deadline", "future", "job", "rows")
+    __slots__ = ("array", "batch", "deadline", "deadline_s", "future", "job", "rows")
 
-    def __init__(self, job: Job[Any], array: Array, deadline: float, future: asyncio.Future[Any]) -> None:
+    def __init__(self, job: Job[Any], array: Array, deadline_s: float, loop: asyncio.AbstractEventLoop) -> None:
         self.job = job
         self.array = array
         self.rows = len(array)
-        self.deadline = deadline
-        self.future = future
+        self.deadline_s = deadline_s
+        self.deadline = loop.time() + deadline_s
+        self.future: asyncio.Future[Any] = loop.create_future()
         self.batch: _Batch | None = None
 
 
@@ -98,6 +99,8 @@ class Coalescer:
         self._send = send
         self._target = target
         self._groups: dict[object, _Group] = {}
+        self._members: dict[_Member, None] = {}  # all that wait for an answer
+        self._clock: asyncio.TimerHandle | None = None  # one for all: a timer each costs more than the rest of a call
 
     async def ask(self, job: Job[Any], part: Part, most_rows: int, deadline_s: float) -> Any:
         """Return the value of `part`, which has rows, in views of a message; a call carries at most `most_rows` rows.
@@ -108,8 +111,9 @@ class Coalescer:
         key = (job.operation, job.ref, part.array.dtype, part.array.shape[1:], most_rows)
         group = self._groups.get(key) or self._groups.setdefault(key, _Group(key, most_rows))
         loop = asyncio.get_running_loop()
-        member = _Member(job, part.array, loop.time() + deadline_s, loop.create_future())
-        clock = loop.call_at(member.deadline, self._expire, member, deadline_s)
+        member = _Member(job, part.array, deadline_s, loop)
+        self._members[member] = None
+        self._wind(loop, member.deadline)
         group.waiting[member] = None
         if not group.scheduled and len(group.under_way) < _CALLS_UNDER_WAY:
             group.scheduled = True
@@ -121,7 +125,10 @@ class Coalescer:
             _ = member.future.cancelled() or member.future.exception()
             raise
         finally:
-            clock.cancel()
+            del self._members[member]
+            if self._clock is not None and not self._members:
+                self._clock.cancel()
+                self._clock = None
             self._leave(group, member)
 
     def close(self) -> None:
@@ -130,8 +137,24 @@ class Coalescer:
             for member in group.waiting:
                 _fail(member, Cancelled("the client was closed while the call was waiting to be sent"))
 
-    def _expire(self, member: _Member, deadline_s: float) -> None:
-        _fail(member, no_answer(self._target, deadline_s))
+    def _wind(self, loop: asyncio.AbstractEventLoop, deadline: float) -> None:
+        """Have the clock go off at `deadline` at the latest."""
+        if self._clock is not None:
+            if self._clock.when() <= deadline:
+                return
+            self._clock.cancel()
+        self._clock = loop.call_at(deadline, self._expire, loop)
+
+    def _expire(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._clock = None
+        now = loop.time()
+        for member in self._members:
+            if member.future.done():
+                continue
+            if member.deadline <= now:
+                _fail(member, no_answer(self._target, member.deadline_s))
+            else:
+                self._wind(loop, member.deadline)
 
     def _leave(self, group: _Group, member: _Member) -> None:
         """Take a member out whatever became of it; a call that carries nobody any more is cancelled."""

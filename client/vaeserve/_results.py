@@ -100,11 +100,12 @@ class Encoding:
             if not 0 <= row < len(self):
                 raise IndexError(f"row {index} of an Encoding with {len(self)} rows")
             index = slice(row, row + 1)
-        return replace(
-            self,
+        return Encoding(
             mean=self.mean[index],
             stddev=self.stddev[index],
             latents=None if self.latents is None else self.latents[index],
+            seed=self.seed,
+            model=self.model,
         )
 
     @classmethod
@@ -283,6 +284,9 @@ class ModelInfo:
 
 def _own(parts: Sequence[Array | None]) -> Array:
     """Return the parts end to end in one new, writable array of this machine's byte order."""
+    first: Array = parts[0]  # type: ignore[assignment]
+    if len(parts) == 1:
+        return first.astype(first.dtype.newbyteorder("="))
     joined: Array = np.concatenate(parts)  # type: ignore[arg-type]
     return joined.astype(joined.dtype.newbyteorder("="), copy=False)
 
