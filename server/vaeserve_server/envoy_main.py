@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from vaeserve_server import app as life
-from vaeserve_server import envoy, logs
+from vaeserve_server import envoy, interpreter, logs
 from vaeserve_server.calls import Calls
 from vaeserve_server.credentials import tls_files
 from vaeserve_server.errors import StartError
@@ -24,9 +24,6 @@ from vaeserve_server.settings import Settings
 from vaeserve_server.transport_envoy import EnvoyTransport, quiet_loop_errors
 
 _log = logging.getLogger(__name__)
-# Three threads want the interpreter: the event loop, pyvoy's, which brings what Envoy has, and the runs'. With Python's
-# 5 ms a loaded one keeps the others waiting longer than a call takes; this gave 10 to 25 % more calls a second.
-_SWITCH_INTERVAL_S = 0.0005
 
 
 class Application:
@@ -106,7 +103,7 @@ def _application() -> Application:
     handover = json.loads(os.environ.pop(envoy.HANDOVER_VARIABLE))
     settings = Settings.model_validate(handover["settings"])
     logs.configure(settings.log_format, settings.log_level)
-    sys.setswitchinterval(_SWITCH_INTERVAL_S)
+    interpreter.tune()
     return Application(Path(handover["folder"]), handover["ended_fd"], settings)
 
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import signal
 
-from vaeserve_server import app, logs
+from vaeserve_server import app, interpreter, logs
 from vaeserve_server.errors import StartError
 from vaeserve_server.settings import Settings
 
@@ -26,7 +25,7 @@ def run(settings: Settings) -> int:
             from vaeserve_server import supervisor  # noqa: PLC0415 - only several workers need it
 
             return supervisor.run(settings)
-        asyncio.run(_alone(settings))
+        interpreter.run(_alone(settings))
     except StartError as error:
         _log.error("cannot start: %s", error)
         return 1

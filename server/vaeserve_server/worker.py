@@ -12,7 +12,7 @@ import os
 import sys
 from collections.abc import Callable
 
-from vaeserve_server import app, logs
+from vaeserve_server import app, interpreter, logs
 from vaeserve_server.errors import StartError
 from vaeserve_server.settings import Settings
 
@@ -24,7 +24,7 @@ def main() -> int:
     settings = Settings.model_validate_json(_first_line(sys.stdin.fileno()))
     logs.configure(settings.log_format, settings.log_level)
     try:
-        asyncio.run(_serve(settings))
+        interpreter.run(_serve(settings))
     except StartError as error:
         sys.stdout.write(f"{FAILED}{error}\n")
         return 1

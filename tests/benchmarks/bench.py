@@ -31,7 +31,7 @@ from vaeserve_server.graphs import Runtime
 
 _NOISY_SHARE = 0.05
 _QUICK = Effort(seconds=0.15, rounds=1, stream_rows=20_000)
-_FULL = Effort(seconds=0.8, rounds=3, stream_rows=1_000_000)
+_FULL = Effort(seconds=0.6, rounds=3, stream_rows=1_000_000)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -66,7 +66,7 @@ class Table:
             values[key] = each.value
             row = self._rows.setdefault(key, _Row(each))
             row.values.append(each.value)
-            if each.baseline is not None and each.baseline in values:
+            if each.baseline is not None and values.get(each.baseline):  # processor time may be less than a tick
                 row.ratios.append(each.value / values[each.baseline])
             if each.cpu_share is not None:
                 row.cpu_shares.append(each.cpu_share)
