@@ -3,6 +3,9 @@
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
+# What is fetched is checked by its hash, but PyTorch, whose build is the machine's choice. `make LOCKED= ...` checks the
+# versions alone, where an index has builds of its own.
+LOCKED ?= 1
 # Extra arguments: make run ARGS="--epochs 2", make serve ARGS="--port 50052", make test ARGS="-k batcher"
 ARGS   ?=
 NODE_EXAMPLE := client/examples/node
@@ -14,7 +17,7 @@ CORES  := -n auto --maxprocesses 4 --dist loadfile
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help run serve test test-envoy fuzz bench bench-gpu soak lint format protos protos-released test-protobuf7 test-compose node build clean
+.PHONY: help run serve test test-envoy fuzz bench bench-gpu soak lint format protos protos-released test-protobuf7 test-compose node lock audit build clean
 
 help: ## Show this list
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 18
@@ -25,14 +28,18 @@ $(BIN)/python:
 	@$(PYTHON) -m venv $(VENV) || \
 	  { echo "Could not make $(VENV). On Debian and Ubuntu: apt-get install python3-venv" >&2; rm -rf $(VENV); exit 1; }
 
-$(VENV)/.user: $(BIN)/python pyproject.toml constraints.txt
+INSTALL = $(BIN)/pip install -q -c constraints.txt $(if $(LOCKED),--no-build-isolation)
+
+$(VENV)/.user: $(BIN)/python pyproject.toml constraints.txt training/requirements.txt
 	@echo "Installing vaeserve and what it stands on into $(VENV) (PyTorch and ONNX Runtime are large; minutes) ..."
-	@$(BIN)/pip install -q -c constraints.txt -e '.[cli,server,training]'
+	@$(if $(LOCKED),$(BIN)/pip install -q --require-hashes -r training/requirements.txt)
+	@$(INSTALL) -e '.[cli,server,training]'
 	@touch $@
 
-$(VENV)/.dev: $(VENV)/.user
+$(VENV)/.dev: $(VENV)/.user .ci/requirements.txt
 	@echo "Installing the development tools into $(VENV) ..."
-	@$(BIN)/pip install -q -c constraints.txt -e '.[dev]'
+	@$(if $(LOCKED),$(BIN)/pip install -q --require-hashes -r .ci/requirements.txt)
+	@$(INSTALL) -e '.[dev]'
 	@touch $@
 
 run: $(VENV)/.user ## Train (once), export, serve, and take the SDK's tour: runs/quickstart/
@@ -94,8 +101,15 @@ node: $(NODE_EXAMPLE)/node_modules/.package-lock.json ## What the Node.js exampl
 $(NODE_EXAMPLE)/node_modules/.package-lock.json: $(NODE_EXAMPLE)/package.json $(NODE_EXAMPLE)/package-lock.json
 	@npm ci --prefix $(NODE_EXAMPLE) --ignore-scripts --no-audit --no-fund
 
+lock: ## Pin every dependency with its hashes anew, from pyproject.toml and constraints.txt (network)
+	@$(PYTHON) -m venv .venv-lock && .venv-lock/bin/pip install -q uv
+	@.ci/lock .venv-lock/bin/uv
+
+audit: ## Ask public databases for known vulnerabilities of what is pinned (network; not part of CI)
+	@$(PYTHON) -m venv .venv-audit && .ci/audit .venv-audit
+
 build: $(VENV)/.dev ## Wheel and sdist into dist/
 	@$(BIN)/python -m build --no-isolation
 
 clean: ## Remove environments and caches; models/ and runs/ stay
-	@rm -rf .venv .venv-protobuf7 .mypy_cache .ruff_cache .pytest_cache .hypothesis dist build $(NODE_EXAMPLE)/node_modules
+	@rm -rf .venv .venv-protobuf7 .venv-lock .venv-audit .mypy_cache .ruff_cache .pytest_cache .hypothesis dist build $(NODE_EXAMPLE)/node_modules
