@@ -29,10 +29,8 @@ def pins(path: str) -> dict[str, str]:
 
 def wanted(extras: list[str]) -> set[str]:
     """Return the names that the extras ask for, on any platform."""
-    requirements = [
-        *PROJECT["dependencies"],
-        *(each for extra in extras for each in PROJECT["optional-dependencies"][extra]),
-    ]
+    optional = PROJECT["optional-dependencies"]
+    requirements = [*PROJECT["dependencies"], *(each for extra in extras for each in optional[extra])]
     parsed = [Requirement(each) for each in requirements]
     names = {canonicalize_name(each.name) for each in parsed if each.name != PROJECT["name"]}
     own = [extra for each in parsed if each.name == PROJECT["name"] for extra in each.extras]
@@ -54,11 +52,9 @@ def test_every_package_has_its_hashes_and_names_no_place(path: str) -> None:
 @pytest.mark.parametrize("path", LOCKS)
 def test_versions_are_those_of_the_constraints(path: str) -> None:
     constrained = pins("constraints.txt")
-    assert {
-        name: (version, constrained.get(name))
-        for name, version in pins(path).items()
-        if version != constrained.get(name)
-    } == {}
+    # CUDA's own libraries are pinned here alone: ONNX Runtime says which it wants.
+    ours = {name: version for name, version in pins(path).items() if not name.startswith("nvidia-")}
+    assert ours == {name: constrained.get(name) for name in ours}
 
 
 @pytest.mark.parametrize(("path", "extras"), LOCKS.items())
