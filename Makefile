@@ -32,13 +32,13 @@ INSTALL = $(BIN)/pip install -q -c constraints.txt $(if $(LOCKED),--no-build-iso
 
 $(VENV)/.user: $(BIN)/python pyproject.toml constraints.txt training/requirements.txt
 	@echo "Installing vaeserve and what it stands on into $(VENV) (PyTorch and ONNX Runtime are large; minutes) ..."
-	@$(if $(LOCKED),$(BIN)/pip install -q --require-hashes -r training/requirements.txt)
+	@$(if $(LOCKED),$(BIN)/pip install -q --require-hashes --no-deps -r training/requirements.txt)
 	@$(INSTALL) -e '.[cli,server,training]'
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.user .ci/requirements.txt
 	@echo "Installing the development tools into $(VENV) ..."
-	@$(if $(LOCKED),$(BIN)/pip install -q --require-hashes -r .ci/requirements.txt)
+	@$(if $(LOCKED),$(BIN)/pip install -q --require-hashes --no-deps -r .ci/requirements.txt)
 	@$(INSTALL) -e '.[dev]'
 	@touch $@
 

@@ -62,7 +62,7 @@ def run(words: list[str], folder: Path, **variables: str) -> None:
 
 def test_every_block_is_of_a_kind_that_is_checked() -> None:
     known = {("python", "")} | {
-        ("bash", kind) for kind in ("make", "cli", "train", "ladder", "gpu", "docker", "grpcurl")
+        ("bash", kind) for kind in ("make", "cli", "train", "ladder", "gpu", "docker", "grpcurl", "access")
     }
     assert {(language, kind) for language, kind, _ in BLOCKS} <= known
 
@@ -107,6 +107,37 @@ def test_grpcurl_blocks_need_nothing_but_reflection(models_dir: Path, *, real: b
     assert base64.b64decode(images["data"]) == expected.tobytes()
     assert images["shape"] == ["1", "1", "28", "28"]
     assert json.loads(health) == {"status": "SERVING"}
+
+
+def test_access_blocks_let_in_who_has_a_token(models_dir: Path, tmp_path: Path) -> None:
+    if shutil.which("openssl") is None:
+        pytest.skip("openssl is not there")
+    environment = {**os.environ, "PATH": f"{SCRIPTS}{os.pathsep}{os.environ['PATH']}"}
+    lines = "".join(blocks("bash", "access")).splitlines()
+    (serve,) = (line for line in lines if line.startswith("vaeserve-server --"))
+    before, after = lines[: lines.index(serve)], lines[lines.index(serve) + 1 :]
+
+    def shell(line: str) -> None:
+        done = subprocess.run(
+            ["bash", "-c", line], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60, check=False
+        )
+        assert done.returncode == 0, f"{line}\n{done.stderr}"
+
+    for line in before:
+        shell(line)
+    words = shlex.split(serve.replace("0.0.0.0", "127.0.0.1"))
+    free = ["--port", "0", "--metrics-port", "0", "--device", "cpu", "--models", str(models_dir)]
+    with subprocess.Popen(
+        [str(SCRIPTS / words[0]), *words[1:], *free], cwd=tmp_path, stdout=subprocess.PIPE, text=True
+    ) as server:
+        try:
+            assert server.stdout is not None
+            target = server.stdout.readline().split(" on ")[1].split(" ")[0]
+            assert after
+            for line in after:
+                shell(f"{line} --target {target}")
+        finally:
+            server.terminate()
 
 
 def test_training_blocks_train_on_a_folder_and_publish(tmp_path: Path, test_images: NDArray[np.uint8]) -> None:
