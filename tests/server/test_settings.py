@@ -81,6 +81,39 @@ def test_wrong_values_are_named(flags: list[str], words: str) -> None:
         from_command_line(flags)
 
 
+TLS = ["--tls-cert", "c.pem", "--tls-key", "k.pem"]
+OPEN = "can be reached from other machines and nothing protects the server there; use 127.0.0.1, or --tls-cert and"
+READABLE = "can be reached from other machines, and the tokens would cross the network unencrypted; add --tls-cert and"
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--host", "0.0.0.0"], OPEN),
+        (["--host", "::"], OPEN),
+        (["--host", "0.0.0.0", "--no-open-health"], OPEN),
+        (["--host", "0.0.0.0", "--tokens", "t.json"], READABLE),
+        (["--tls-cert", "c.pem"], "--tls-cert goes with --tls-key; give both"),
+        (["--tls-key", "k.pem"], "--tls-key goes with --tls-cert; give both"),
+        (["--client-ca", "a.pem"], "--client-ca goes with --tls-cert and --tls-key"),
+        (["--host", "0.0.0.0", "--insecure"], ""),
+        (["--host", "0.0.0.0", *TLS], ""),
+        (["--host", "0.0.0.0", *TLS, "--client-ca", "a.pem"], ""),
+        (["--host", "0.0.0.0", *TLS, "--tokens", "t.json"], ""),
+        (["--host", "0.0.0.0", "--tokens", "t.json", "--insecure"], ""),
+        (["--tokens", "t.json"], ""),
+        (TLS, ""),
+    ],
+)
+def test_an_address_that_others_reach_wants_tls_or_a_word(flags: list[str], words: str) -> None:
+    if not words:
+        from_command_line(flags)
+        return
+    with pytest.raises(StartError, match=re.escape(words)) as raised:
+        from_command_line(flags)
+    assert "\n" not in str(raised.value)
+
+
 @pytest.mark.parametrize(
     ("host", "expected"),
     [
