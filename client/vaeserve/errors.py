@@ -242,7 +242,8 @@ def _explain_local(kind: type[VaeserveError], message: str, *, target: str, time
         if cause := next(filter(None, causes), None):
             return (
                 f"no vaeserve server can be reached at {target} ({cause[0].strip(' .')[:160]}); check that it runs, "
-                "the host and port, and that both sides use TLS or neither does"
+                "the host and port, that both sides use TLS or neither does, and the client's certificate if the "
+                "server wants one"
             )
     if kind is DeadlineExceeded and message == "Deadline Exceeded":
         return no_answer(target, timeout_s).message

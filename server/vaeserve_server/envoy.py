@@ -104,7 +104,7 @@ def _listener(settings: Settings, folder: Path, ended_fd: int) -> dict[str, Any]
         "enable_reuse_port": False,  # or a second server starts on the same port and takes half of the calls
         "filter_chains": [
             {
-                **({"transport_socket": envoy_tls.transport_socket(files, folder)} if files else {}),
+                **(envoy_tls.filter_chain(files, folder) if files else {}),
                 "filters": [
                     {
                         "name": "envoy.filters.network.http_connection_manager",

@@ -15,24 +15,26 @@ from typing import Any
 from vaeserve_server.tls import TlsFiles
 
 _TYPE = "type.googleapis.com/envoy.extensions.transport_sockets.tls.v3"
+_HANDSHAKE = "20s"
 _SERVER, _CLIENTS = "server", "clients"
 
 
-def transport_socket(files: TlsFiles, folder: Path) -> dict[str, Any]:
-    """Return the configuration of a listener's encryption; the secrets stand in `folder`."""
+def filter_chain(files: TlsFiles, folder: Path) -> dict[str, Any]:
+    """Return what encrypts a listener's connections; the secrets stand in `folder`."""
     common: dict[str, Any] = {
         "alpn_protocols": ["h2"],
         "tls_certificate_sds_secret_configs": [_source(_SERVER, folder)],
     }
     if files.client_ca is not None:
         common["validation_context_sds_secret_config"] = _source(_CLIENTS, folder)
+    context = {
+        "@type": f"{_TYPE}.DownstreamTlsContext",
+        "common_tls_context": common,
+        "require_client_certificate": files.client_ca is not None,
+    }
     return {
-        "name": "envoy.transport_sockets.tls",
-        "typed_config": {
-            "@type": f"{_TYPE}.DownstreamTlsContext",
-            "common_tls_context": common,
-            "require_client_certificate": files.client_ca is not None,
-        },
+        "transport_socket": {"name": "envoy.transport_sockets.tls", "typed_config": context},
+        "transport_socket_connect_timeout": _HANDSHAKE,  # or who connects and says nothing stays for ever
     }
 
 

@@ -162,7 +162,7 @@ def test_an_unreachable_server_is_named_with_what_to_check(connect):
         client.encode(IMAGES)
     assert str(caught.value) == (
         "no vaeserve server can be reached at 127.0.0.1:1 (Connection refused); check that it runs, the host and port, "
-        "and that both sides use TLS or neither does"
+        "that both sides use TLS or neither does, and the client's certificate if the server wants one"
     )
     assert isinstance(caught.value, ConnectionError)
 
