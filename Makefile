@@ -17,7 +17,7 @@ CORES  := -n auto --maxprocesses 4 --dist loadfile
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help run serve test test-envoy fuzz bench bench-gpu soak lint format protos protos-released test-protobuf7 test-compose node lock audit build clean
+.PHONY: help run serve test test-envoy fuzz crash bench bench-gpu soak lint format protos protos-released test-protobuf7 test-compose node lock audit build clean
 
 help: ## Show this list
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 18
@@ -85,6 +85,9 @@ test-envoy: $(VENV)/.dev ## The server's and the client's tests with the server 
 
 fuzz: $(VENV)/.dev ## Hostile requests to every RPC, 200 000 unless told (ARGS="20000 --transport envoy")
 	@PYTHONPATH=tests:tests/server $(BIN)/python tests/server/fuzz.py $(ARGS)
+
+crash: $(VENV)/.dev ## Kill the trainer at 20 random moments, the exporter at every file operation; fill every disk
+	@VAESERVE_CRASHES=20 $(BIN)/python -m pytest -rP tests/training/test_crash.py tests/training/test_disks.py $(ARGS)
 
 test-protobuf7: ## The SDK alone, in an environment of its own with protobuf 7
 	@rm -rf .venv-protobuf7 && $(PYTHON) -m venv .venv-protobuf7

@@ -28,7 +28,7 @@ class FileProblem(Exception):  # noqa: N818  a problem to tell in one line, not 
 
 
 class OutputProblem(FileProblem):
-    """An output that was named wrongly."""
+    """An output whose name alone says that it cannot be written: the command line is wrong, whatever is on the disk."""
 
 
 def read_images(path: Path, info: ModelInfo, *, resize: bool) -> Array | Iterator[Any]:
@@ -91,17 +91,17 @@ def write_codes(path: Path, codes: Encoding, files: Sequence[Path] = ()) -> None
 
 
 def check_output(path: Path, suffixes: Sequence[str], *, folder: bool = False) -> None:
-    """Raise OutputProblem now, before any work, if `path` cannot become an output of these kinds."""
+    """Raise OutputProblem now, before any work, if `path` is no name of these kinds, FileProblem if it is taken."""
     if not path.parent.is_dir():
-        raise OutputProblem(f"{path}: there is no folder {path.parent}; make it first")
+        raise FileProblem(f"{path}: there is no folder {path.parent}; make it first")
     if folder and path.suffix == "":
         if path.exists() and not (path.is_dir() and not any(path.iterdir())):
-            raise OutputProblem(f"{path}: exists and is not an empty folder; name another")
+            raise FileProblem(f"{path}: exists and is not an empty folder; name another")
     elif path.suffix not in suffixes:
         kinds = " or ".join([*suffixes, "a folder (no suffix)"] if folder else suffixes)
         raise OutputProblem(f"{path}: cannot write {path.suffix or 'a file without suffix'}; name {kinds}")
     elif path.is_dir():
-        raise OutputProblem(f"{path}: is a folder; name a file")
+        raise FileProblem(f"{path}: is a folder; name a file")
 
 
 def write_images(path: Path, images: Array, **more: Any) -> None:

@@ -16,7 +16,7 @@ from vaeserve import _files, _settings
 from vaeserve._files import FileProblem
 from vaeserve._results import ModelInfo, ModelRef
 from vaeserve._version import __version__
-from vaeserve.errors import VaeserveError
+from vaeserve.errors import DeadlineExceeded, VaeserveError
 
 if TYPE_CHECKING:
     from vaeserve.client import Client
@@ -26,7 +26,7 @@ _IMAGES_OUT = (".npy", ".npz", ".png")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command and return the exit status: 0, 1 (the server or a file), 2 (usage) or 130 (Ctrl-C)."""
+    """Run one command; return 0, 1 (the server or a file), 2 (the command line is wrong by itself) or 130 (Ctrl-C)."""
     options = _parser().parse_args(arguments)
     try:
         with _connect(options) as client:
@@ -34,6 +34,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return status
     except _files.OutputProblem as error:
         return _complain(str(error), _MISUSED)
+    except DeadlineExceeded as error:
+        return _complain(str(error).replace("timeout_s", "--timeout"))  # what the SDK's argument is called here
     except (VaeserveError, FileProblem) as error:
         return _complain(str(error))
     except OSError as error:

@@ -17,6 +17,7 @@ UINT8 = vae_pb2.DATA_TYPE_UINT8
 FLOAT16 = vae_pb2.DATA_TYPE_FLOAT16
 
 MAX_RANK = 8
+_MOST_BYTES = 2**31 - 1  # of a message, as protobuf has it
 
 # The wire is little-endian, so the dtypes say so; on a little-endian machine they are the native ones.
 _DTYPES: tuple[tuple[vae_pb2.DataType, np.dtype[np.generic]], ...] = (
@@ -41,8 +42,9 @@ def numpy_dtype(wire_dtype: int) -> np.dtype[np.generic]:
     try:
         return _NUMPY_DTYPES[wire_dtype]
     except KeyError:
-        known = ", ".join(vae_pb2.DataType.Name(wire) for wire, _ in _DTYPES)
-        raise TensorError("dtype", f"dtype {wire_dtype} is not one of {known}") from None
+        known = ", ".join(f"{vae_pb2.DataType.Name(wire)} ({wire})" for wire, _ in _DTYPES)
+        given = f"dtype {wire_dtype} is not one of" if wire_dtype else "dtype is not set; set one of"
+        raise TensorError("dtype", f"{given} {known}") from None
 
 
 def to_tensor(array: NDArray[np.generic]) -> vae_pb2.Tensor:
@@ -70,6 +72,8 @@ def from_bytes(data: bytes, dtype: np.dtype[np.generic], shape: tuple[int, ...])
     if any(length < 0 for length in shape):
         raise TensorError("shape", f"shape {shape} has a negative axis")
     expected_bytes = math.prod(shape) * dtype.itemsize  # Python integers: no overflow
+    if expected_bytes > _MOST_BYTES:  # no data could be right, so the data are not to blame
+        raise TensorError("shape", f"shape {shape} of {dtype.name} is too large: {expected_bytes} bytes")
     if len(data) != expected_bytes:
         raise TensorError("data", f"data has {len(data)} bytes; shape {shape} of {dtype.name} takes {expected_bytes}")
     try:

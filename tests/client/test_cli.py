@@ -204,19 +204,29 @@ def test_what_goes_wrong_is_one_line_and_leaves_nothing(run, tmp_path, arguments
         (["sample", "1", "-o", "x.npy", "--seed", "-1"], "'-1' is not an integer from 0 to 2**64 - 1"),
         (["sample", "1", "-o", "x.npy", "--timeout", "0"], "'0' is not a positive number of seconds"),
         (["sample", "1", "-o", "{tmp}/x.jpg"], "cannot write .jpg; name .npy or .npz or .png or a folder (no suffix)"),
-        (["sample", "1", "-o", "{tmp}/full"], "{tmp}/full: exists and is not an empty folder; name another"),
-        (["sample", "1", "-o", "{tmp}/none/x.npy"], "there is no folder {tmp}/none; make it first"),
         (["encode", "{tmp}", "-o", "{tmp}/codes"], "cannot write a file without suffix; name .npz or .npy"),
-        (["encode", "{tmp}", "-o", "{tmp}/dir.npy"], "{tmp}/dir.npy: is a folder; name a file"),
     ],
 )
 def test_wrong_usage_is_exit_status_2(run, tmp_path, arguments, words):
+    status, out, err = run(*(argument.format(tmp=tmp_path) for argument in arguments))
+    assert (status, out) == (2, "")
+    assert words in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["sample", "1", "-o", "{tmp}/full"], "{tmp}/full: exists and is not an empty folder; name another"),
+        (["sample", "1", "-o", "{tmp}/none/x.npy"], "{tmp}/none/x.npy: there is no folder {tmp}/none; make it first"),
+        (["encode", "{tmp}", "-o", "{tmp}/dir.npy"], "{tmp}/dir.npy: is a folder; name a file"),
+    ],
+)
+def test_an_output_that_cannot_be_is_told_before_the_work(run, tmp_path, arguments, words):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").touch()
     (tmp_path / "dir.npy").mkdir()
     status, out, err = run(*(argument.format(tmp=tmp_path) for argument in arguments))
-    assert (status, out) == (2, "")
-    assert words.format(tmp=tmp_path) in err
+    assert (status, out, err) == (1, "", f"vaeserve: {words.format(tmp=tmp_path)}\n")
 
 
 def test_a_server_that_is_not_there_is_one_line(run, tmp_path):

@@ -92,7 +92,7 @@ def _replace(draw: st.DrawFn, message: Message, field: FieldDescriptor, depth: i
         _fill_map(draw, message, field, depth)
     elif field.is_repeated:
         kept = list(getattr(message, name))
-        values = draw(st.lists(_value(field, kept, depth), max_size=6)) * draw(st.sampled_from([1, 1, 1, 1, 200]))
+        values = draw(st.lists(_value(field, kept, depth), max_size=6)) * draw(st.sampled_from([1, 1, 1, 1, 20]))
         if kept and draw(st.booleans()):  # beside good ones
             values = [*kept, *values][: 1 + draw(st.integers(0, 8))]
         message.ClearField(name)

@@ -128,13 +128,13 @@ TABLE: dict[str, tuple[Message, grpc.StatusCode, str, str]] = {
         encode(raw(0, [1, 1, 28, 28], IMAGE_BYTES)),
         INVALID,
         "images.dtype",
-        "images: dtype 0 is not one of DATA_TYPE_FLOAT32, DATA_TYPE_UINT8, DATA_TYPE_FLOAT16",
+        "images: dtype is not set; set one of DATA_TYPE_FLOAT32 (1), DATA_TYPE_UINT8 (2), DATA_TYPE_FLOAT16 (3)",
     ),
     "unknown dtype": (
         encode(raw(99, [1, 1, 28, 28], IMAGE_BYTES)),
         INVALID,
         "images.dtype",
-        "images: dtype 99 is not one of DATA_TYPE_FLOAT32, DATA_TYPE_UINT8, DATA_TYPE_FLOAT16",
+        "images: dtype 99 is not one of DATA_TYPE_FLOAT32 (1), DATA_TYPE_UINT8 (2), DATA_TYPE_FLOAT16 (3)",
     ),
     "negative axis": (
         encode(raw(pb.DATA_TYPE_FLOAT32, [-1, 1, 28, 28], IMAGE_BYTES)),
@@ -151,8 +151,8 @@ TABLE: dict[str, tuple[Message, grpc.StatusCode, str, str]] = {
     "overflowing shape": (
         encode(raw(pb.DATA_TYPE_FLOAT32, [2**62, 4, 28, 28], IMAGE_BYTES)),
         INVALID,
-        "images.data",
-        f"images: data has 3136 bytes; shape ({2**62}, 4, 28, 28) of float32 takes {2**62 * 4 * 784 * 4}",
+        "images.shape",
+        f"images: shape ({2**62}, 4, 28, 28) of float32 is too large: {2**62 * 4 * 784 * 4} bytes",
     ),
     "overflowing shape of nothing": (
         encode(raw(pb.DATA_TYPE_FLOAT32, [0, 2**62, 2**62], b"")),
@@ -168,7 +168,7 @@ TABLE: dict[str, tuple[Message, grpc.StatusCode, str, str]] = {
     ),
     "no images": (pb.EncodeRequest(model=MNIST), INVALID, "images", "images are missing"),
     "no latents": (pb.DecodeRequest(model=MNIST), INVALID, "latents", "latents are missing"),
-    "empty tensor": (encode(pb.Tensor()), INVALID, "images.dtype", "images: dtype 0 is not one of"),
+    "empty tensor": (encode(pb.Tensor()), INVALID, "images.dtype", "images: dtype is not set; set one of"),
     "NaN image": (
         encode(with_value(GOOD, 3, np.nan)),
         INVALID,
@@ -299,7 +299,7 @@ TABLE: dict[str, tuple[Message, grpc.StatusCode, str, str]] = {
         sample(image_dtype=9),
         INVALID,
         "image_dtype",
-        "image_dtype: dtype 9 is not one of DATA_TYPE_FLOAT32, DATA_TYPE_UINT8, DATA_TYPE_FLOAT16",
+        "image_dtype: dtype 9 is not one of DATA_TYPE_FLOAT32 (1), DATA_TYPE_UINT8 (2), DATA_TYPE_FLOAT16 (3)",
     ),
     "rows past the end of the stream": (
         sample(count=2, first_row=2**64 - 1),

@@ -2,14 +2,13 @@
 
     python runs.py RUN_DIR KILL_AT
 
-KILL_AT is `calls:N` (the N-th function call, wherever that is) or `fsync:N`, `rename:N` (inside writing a checkpoint).
+KILL_AT is `calls:N` (the N-th function call, wherever that is), `fsync:N`, `rename:N` (inside writing a checkpoint), or
+`seconds:X` (by another process, wherever that is).
 """
 
 from __future__ import annotations
 
 import hashlib
-import os
-import signal
 import sys
 import tempfile
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from killer import Killer, kill_after
 from vaeserve_training.config import TrainConfig
 from vaeserve_training.data import ImageData
 from vaeserve_training.fit import fit
@@ -42,25 +42,6 @@ def tiny_data(shape: tuple[int, int, int] = (1, 4, 4), seed: int = 0) -> ImageDa
     return ImageData("tiny", train, test, None, None, binarised=False, sha256=hashlib.sha256(train).hexdigest())
 
 
-class Killer:
-    """Counts events of the interpreter's profiler and ends the process with SIGKILL at one of them."""
-
-    def __init__(self, kill_at: str) -> None:
-        self.kind, number = kill_at.split(":")
-        self.left = int(number)
-        self.seen = 0
-
-    def __call__(self, _frame: object, event: str, argument: Any) -> None:
-        if event not in {"call", "c_call"}:
-            return
-        if self.kind != "calls" and getattr(argument, "__name__", "") != self.kind:
-            return
-        self.seen += 1
-        self.left -= 1
-        if not self.left:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-
 def warm_up() -> None:
     """Train once, so that PyTorch's late imports, most of a process's first calls, lie behind."""
     with tempfile.TemporaryDirectory() as folder:
@@ -69,5 +50,8 @@ def warm_up() -> None:
 
 if __name__ == "__main__":
     warm_up()
-    sys.setprofile(Killer(sys.argv[2]))
+    if sys.argv[2].startswith("seconds:"):
+        kill_after(float(sys.argv[2].removeprefix("seconds:")))
+    else:
+        sys.setprofile(Killer(sys.argv[2]))
     fit(tiny_config(), Path(sys.argv[1]), resume=True, data=tiny_data())

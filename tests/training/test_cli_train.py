@@ -133,12 +133,27 @@ USER_ERRORS = {
 }
 
 
-@pytest.mark.parametrize(("arguments", "words"), USER_ERRORS.values(), ids=USER_ERRORS.keys())
+WRONG_BY_ITSELF = {
+    "no run folder",
+    "unknown flag",
+    "flag without a value",
+    "value of another type",
+    "value out of range",
+    "unknown preset",
+    "wrong shape",
+    "negative samples",
+    "unknown device",
+    "unknown data set",
+}
+
+
+@pytest.mark.parametrize("mistake", USER_ERRORS)
 def test_a_users_mistake_gets_one_line_and_a_status(
-    folder: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], words: str
+    folder: Path, capsys: pytest.CaptureFixture[str], mistake: str
 ) -> None:
+    arguments, words = USER_ERRORS[mistake]
     (folder / "broken.json").write_text("{")
-    assert main(arguments) == 1
+    assert main(arguments) == (2 if mistake in WRONG_BY_ITSELF else 1)
     said = capsys.readouterr()
     assert said.out == ""
     assert words in said.err

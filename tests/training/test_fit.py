@@ -5,7 +5,6 @@ import math
 import os
 import random
 import signal
-import subprocess
 import sys
 import threading
 from collections.abc import Callable
@@ -18,8 +17,9 @@ import numpy as np
 import pytest
 import torch
 
-import runs
-from runs import Killer, tiny_config, tiny_data, warm_up
+from killer import Killer
+from runs import tiny_config, tiny_data, warm_up
+from same_run import assert_same_run, everything, kill, records
 from vaeserve_training import checkpoint, metrics, objectives
 from vaeserve_training.bundle import read_card
 from vaeserve_training.config import TrainConfig, preset
@@ -29,36 +29,6 @@ from vaeserve_training.export import export
 from vaeserve_training.fit import InterruptedTrainingError, fit
 from vaeserve_training.models import INITIAL_SIGMA, GatedBlock, Vae
 from vaeserve_training.trainer import DivergedError, FitError, Trainer
-
-
-def everything(path: Path) -> dict[str, torch.Tensor]:
-    """All tensors of a checkpoint: weights, averaged weights, optimiser state."""
-    header = checkpoint.read_header(path)
-    tensors: dict[str, torch.Tensor] = {}
-    for file in (checkpoint.WEIGHTS, checkpoint.EMA):
-        for name, tensor in checkpoint.read_weights(path / file).items():
-            tensors[f"{file}/{name}"] = tensor
-    state = torch.load(path / checkpoint.OPTIMISER, weights_only=True)["state"]
-    for index, values in state.items():
-        for name, tensor in values.items():
-            tensors[f"optimiser/{index}/{name}"] = tensor
-    assert header.progress.epoch == header.config.optimiser.epochs
-    return tensors
-
-
-def assert_same_run(one: Path, other: Path) -> None:
-    first, second = everything(one), everything(other)
-    assert first.keys() == second.keys()
-    assert len(first) > 20
-    for name, tensor in first.items():
-        assert torch.equal(tensor, second[name]), name
-    assert records(one) == records(other)
-
-
-def records(path: Path) -> list[metrics.Record]:
-    """The run's records without the seconds they took."""
-    found = metrics.read(path.parent.parent / metrics.FILE)
-    return [{key: value for key, value in record.items() if key != "seconds"} for record in found]
 
 
 @pytest.fixture(scope="module")
@@ -72,15 +42,6 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, int]:
     finally:
         sys.setprofile(None)
     return path, killer.seen
-
-
-def kill(run_dir: Path, kill_at: str) -> None:
-    """Train in another process until it kills itself; whatever it leaves must be a state to go on from."""
-    command = [sys.executable, runs.__file__, str(run_dir), kill_at]
-    finished = subprocess.run(command, capture_output=True, timeout=100, check=False)
-    assert finished.returncode == -signal.SIGKILL, finished.stderr.decode()
-    for path in checkpoint.all_of(run_dir):
-        checkpoint.load(path)
 
 
 def test_a_run_killed_at_random_moments_ends_with_the_same_weights(tmp_path: Path, reference: tuple[Path, int]) -> None:

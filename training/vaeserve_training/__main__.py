@@ -32,7 +32,10 @@ _OWN_PACKAGES = frozenset({"vaeserve", "vaeserve_training"})
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one subcommand; return 0 for success, 1 for a failure, 2 for no such command or extra, 130 after Ctrl-C."""
+    """Run one subcommand; return its exit status.
+
+    0 for success, 1 for a failure, 2 for a wrong command line or a missing extra, 130 after Ctrl-C.
+    """
     name, *rest = [*(sys.argv[1:] if arguments is None else arguments), ""]
     if name in {"-h", "--help"}:
         sys.stdout.write(_usage())
@@ -50,10 +53,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         status: int = command.run(rest[:-1])
     except command.USER_ERRORS as error:
-        return _fail(f"{name}: {error}", 1)
+        return _fail(f"{name}: {_words(error)}", getattr(error, "exit_status", 1))
     except KeyboardInterrupt:
         return _fail(f"{name}: interrupted", 130)
     return status
+
+
+def _words(error: Exception) -> str:
+    if isinstance(error, OSError) and error.filename and error.strerror:
+        return f"{error.filename}: {error.strerror}"
+    return str(error)
 
 
 def _names() -> str:

@@ -24,8 +24,9 @@ def write_file(path: Path, content: bytes) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = _name_beside(path)
     try:
-        _write_synced(temporary, content)
-        temporary.replace(path)
+        with naming(path):
+            _write_synced(temporary, content)
+            temporary.replace(path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
@@ -41,9 +42,11 @@ def publish_folder(path: Path, files: Mapping[str, bytes]) -> None:
     made = _make_parents(path)
     temporary = _name_beside(path)
     try:
-        temporary.mkdir()
+        with naming(path):
+            temporary.mkdir()
         for name, content in files.items():
-            _write_synced(temporary / name, content)
+            with naming(path / name):
+                _write_synced(temporary / name, content)
         _sync_folder(temporary)
         _rename_to_new(temporary, path)
     except BaseException:
@@ -52,6 +55,17 @@ def publish_folder(path: Path, files: Mapping[str, bytes]) -> None:
             _remove_if_empty(folder)
         raise
     _sync_folder(path.parent)
+
+
+def require_writable(path: Path) -> None:
+    """Raise OSError naming `path` unless a file can be made where it is to be, so that work is not done for nothing."""
+    folder = next(parent for parent in path.absolute().parents if parent.exists())
+    probe = _name_beside(folder / "probe")
+    with naming(path):
+        try:
+            probe.touch()
+        finally:
+            probe.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -82,7 +96,7 @@ def _name_beside(path: Path) -> Path:
 
 
 def _write_synced(path: Path, content: bytes) -> None:
-    with naming(path), path.open("xb") as file:
+    with path.open("xb") as file:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())

@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
-from vaeserve_training import checkpoint, metrics
+from vaeserve_training import atomic, checkpoint, metrics
 from vaeserve_training.board import Board, require
 from vaeserve_training.compute import cpu_threads
 from vaeserve_training.config import TrainConfig, differences
@@ -66,12 +66,26 @@ def fit(
         if header.progress.epoch == config.optimiser.epochs:
             with _board(run_dir, wanted=tensorboard):  # gets what it lacks
                 return header.path
+    with _saying_what_is_kept(run_dir):
+        atomic.require_writable(run_dir / checkpoint.CONFIG)
     with cpu_threads(config.run.threads):
         trainer = Trainer(config, run_dir, data or load(config.data))
-        trainer.start(header)
-        with _board(run_dir, wanted=tensorboard) as trainer.board:
-            _run(trainer, show_progress=show_progress)
+        with _saying_what_is_kept(run_dir):
+            trainer.start(header)
+            with _board(run_dir, wanted=tensorboard) as trainer.board:
+                _run(trainer, show_progress=show_progress)
     return checkpoint.resolve(run_dir)
+
+
+@contextmanager
+def _saying_what_is_kept(run_dir: Path) -> Iterator[None]:
+    """Let the disk's refusal say what is left of the run, and how to go on."""
+    try:
+        yield
+    except OSError as error:
+        newest = checkpoint.latest(run_dir)
+        kept = "no checkpoint was made yet" if newest is None else f"kept: {newest}, whole; resume the run from there"
+        raise FitError(f"{error.filename or run_dir} cannot be written: {error.strerror or error}; {kept}") from error
 
 
 def _run(trainer: Trainer, *, show_progress: bool) -> None:

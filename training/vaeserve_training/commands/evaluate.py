@@ -56,6 +56,8 @@ def run(arguments: Sequence[str]) -> int:
     log_to_stderr(quiet=flags.quiet)
     device = choose_device(flags.device)
     model = checkpoint.load(flags.run_dir)
+    output = flags.output or report.default_path(model.path)
+    atomic.require_writable(output)
     data = load(model.config.data)
     likelihood = model.config.objective.likelihood
     fitted = prior_fit.load_for(model)
@@ -81,9 +83,13 @@ def run(arguments: Sequence[str]) -> int:
                 model.vae, data, flags.fid_samples, prior=prior, seed=flags.seed, advance=bar.advance
             )
     found = replace(found, weights_sha256=model.weights_sha256, prior_sha256=digest, fid_lenet=quality)
-    output = flags.output or report.default_path(model.path)
-    atomic.write_file(output, found.to_json().encode())
+    content = found.to_json()
     if not flags.quiet:
         Console().print(report.table(found))
+    try:
+        atomic.write_file(output, content.encode())
+    except OSError as error:
+        say(content)  # hours of work may be in it
+        raise EvaluationError(f"{output} cannot be written: {error.strerror}; it was printed instead") from None
     say(f"wrote {output}")
     return 0

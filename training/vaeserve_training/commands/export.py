@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -24,6 +25,8 @@ from vaeserve_training.prior_fit import FittedPrior
 from vaeserve_training.progress import Bar
 from vaeserve_training.report import EvaluationError, Report
 from vaeserve_training.sources import DataError
+
+logger = logging.getLogger(__name__)
 
 USER_ERRORS = (BundleError, ConfigError, DataError, CheckpointError, EvaluationError, ExportError, OSError)
 
@@ -64,6 +67,7 @@ def run(arguments: Sequence[str]) -> int:
     if flags.version is not None:
         bundle.check_version_is_free(flags.models, flags.name, flags.version)
     model = checkpoint.load(flags.run_dir)
+    atomic.require_writable(flags.models / flags.name / "version")
     data = load(model.config.data)
     prior = prior_fit.load_for(model) if flags.prior else None
     found = _evaluation(model, data, flags, prior) if flags.evaluate else None
@@ -103,5 +107,8 @@ def _evaluation(model: Checkpoint, data: ImageData, flags: ExportFlags, prior: F
         likelihood = model.config.objective.likelihood
         found = evaluate(model.vae.to(device), data, likelihood, prior=flow, advance=bar.advance)
     found = replace(found, weights_sha256=model.weights_sha256, prior_sha256=digest)
-    atomic.write_file(path, found.to_json().encode())
+    try:
+        atomic.write_file(path, found.to_json().encode())
+    except OSError as error:  # the run may lie where nobody may write; the card has the figures all the same
+        logger.warning("the figures are not kept beside the run: %s: %s", path, error.strerror)
     return found

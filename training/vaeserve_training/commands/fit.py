@@ -14,7 +14,7 @@ from pydantic import Field
 from vaeserve_training import checkpoint
 from vaeserve_training.board import BoardError
 from vaeserve_training.checkpoint import CheckpointError
-from vaeserve_training.commands.flags import Flags, log_to_stderr, parse, say, with_hyphens
+from vaeserve_training.commands.flags import Flags, UsageError, log_to_stderr, parse, say, with_hyphens
 from vaeserve_training.config import (
     PRESETS,
     ConfigError,
@@ -62,7 +62,10 @@ def run(arguments: Sequence[str]) -> int:
     """Train, and say what to do next."""
     flags = parse(FitFlags, "fit", arguments, **_starting_point(arguments))
     sections = {name: getattr(flags, name).model_dump() for name in TrainConfig.model_fields}
-    config = TrainConfig().with_changes(**sections)
+    try:
+        config = TrainConfig().with_changes(**sections)
+    except ConfigError as error:  # the files were checked before
+        raise UsageError(str(error)) from None
     log_to_stderr(quiet=flags.quiet)
     folder = shlex.quote(str(flags.run_dir))
     try:
@@ -98,11 +101,14 @@ def _starting_point(arguments: Sequence[str]) -> dict[str, dict[str, Any]]:
     try:
         known, _ = early.parse_known_args([with_hyphens(argument) for argument in arguments])
     except argparse.ArgumentError as error:
-        raise ConfigError(str(error)) from None
+        raise UsageError(str(error)) from None
     if known.resume and known.run_dir and not known.preset and not known.config:
         base = _configuration_of(Path(known.run_dir))
     else:
-        base = preset(known.preset or "mnist")
+        try:
+            base = preset(known.preset or "mnist")
+        except ConfigError as error:
+            raise UsageError(str(error)) from None
     sections = base.model_dump()
     if known.config:
         for section, values in _read_sections(Path(known.config)).items():

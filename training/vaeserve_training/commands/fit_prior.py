@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-from vaeserve_training import checkpoint, prior_fit
+from vaeserve_training import atomic, checkpoint, prior_fit
 from vaeserve_training.checkpoint import CheckpointError
 from vaeserve_training.commands.flags import Flags, log_to_stderr, parse, say
 from vaeserve_training.compute import choose_device, cpu_threads
@@ -42,6 +42,8 @@ def run(arguments: Sequence[str]) -> int:
     log_to_stderr(quiet=flags.quiet)
     device = choose_device(flags.device)
     model = checkpoint.load(flags.run_dir)
+    path = prior_fit.default_path(model.path)
+    atomic.require_writable(path)
     data = load(model.config.data)
     model.vae.to(device)
     with (
@@ -49,7 +51,6 @@ def run(arguments: Sequence[str]) -> int:
         Bar("fitting the prior", flags.prior.steps, show=not flags.quiet) as bar,
     ):
         prior = prior_fit.fit_prior(model, data, flags.prior, advance=bar.advance)
-    path = prior_fit.default_path(model.path)
     prior_fit.save(prior, path)
     say(f"wrote {path}; evaluate and export of this run take it from there")
     return 0

@@ -14,6 +14,12 @@ from rich.console import Console
 from vaeserve_training.config import ConfigError, describe
 
 
+class UsageError(ConfigError):
+    """A command line that is wrong by itself, whatever is on the disk."""
+
+    exit_status = 2
+
+
 class Flags(BaseSettings):
     """The flags of one subcommand. Nothing is read from the environment."""
 
@@ -47,7 +53,7 @@ FlagsType = TypeVar("FlagsType", bound=Flags)
 def parse(flags: type[FlagsType], command: str, arguments: Sequence[str], **defaults: dict[str, Any]) -> FlagsType:
     """Return the parsed flags; `defaults` are sections that the command line changes field by field.
 
-    `--help` prints and leaves by SystemExit. Raises ConfigError naming each wrong flag.
+    `--help` prints and leaves by SystemExit. Raises UsageError naming each wrong flag.
     """
     spelled = [with_hyphens(argument) for argument in arguments]
     try:
@@ -55,13 +61,13 @@ def parse(flags: type[FlagsType], command: str, arguments: Sequence[str], **defa
         options: dict[str, Any] = {"_cli_parse_args": spelled, "_cli_prog_name": f"vaeserve-train {command}"}
         return flags(**options, **defaults)
     except SettingsError as error:
-        raise ConfigError(str(error).removeprefix("error parsing CLI: ")) from None
+        raise UsageError(str(error).removeprefix("error parsing CLI: ")) from None
     except ValidationError as error:
         missing = [str(detail["loc"][-1]) for detail in error.errors() if detail["type"] == "missing"]
         if missing:
             wanted = ", ".join("--" + name.replace("_", "-") for name in missing)
-            raise ConfigError(f"{wanted} is needed; vaeserve-train {command} --help says what it is") from None
-        raise ConfigError(describe(error)) from None
+            raise UsageError(f"{wanted} is needed; vaeserve-train {command} --help says what it is") from None
+        raise UsageError(describe(error)) from None
 
 
 class _StderrHandler(logging.StreamHandler[TextIO]):

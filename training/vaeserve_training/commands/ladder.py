@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 from rich.console import Console
 
+from vaeserve_training import atomic
 from vaeserve_training.commands.flags import Flags, log_to_stderr, parse, say
 from vaeserve_training.config import ConfigError, DataConfig
 from vaeserve_training.data import load
@@ -23,6 +24,8 @@ from vaeserve_training.sources import DataError
 from vaeserve_training.trainer import FitError
 
 USER_ERRORS = (ConfigError, DataError, LadderDataError, FitError, CacheError, OtherProcessError, WorkerError, OSError)
+
+_KEPT = "finished networks and steps are kept: the same command goes on from there"
 
 StepNumber = Annotated[int, Field(ge=min(STEPS), le=max(STEPS))]
 
@@ -50,6 +53,7 @@ def run(arguments: Sequence[str]) -> int:
     """Run what is not finished, and say where the report is."""
     flags = parse(LadderFlags, "ladder", arguments)
     log_to_stderr(quiet=flags.quiet)
+    atomic.require_writable(flags.out / climb.REPORT)
     scale, data = FULL if flags.full else QUICK, load(flags.data)
     console = Console(stderr=True, quiet=flags.quiet)
     try:
@@ -63,8 +67,10 @@ def run(arguments: Sequence[str]) -> int:
             show_progress=not flags.quiet,
         )
     except KeyboardInterrupt:
-        say("interrupted; finished networks and steps are kept: the same command goes on from there")
+        say(f"interrupted; {_KEPT}")
         return 130
+    except OSError as error:
+        raise OSError(error.errno, f"{error.strerror or error}; {_KEPT}", error.filename or str(flags.out)) from error
     for result in results:
         for claim in result.claims:
             if result.number in flags.steps and not claim.held:
