@@ -21,6 +21,7 @@ import sys
 import time
 from collections import deque
 from pathlib import Path
+from typing import NamedTuple
 
 import children
 
@@ -33,18 +34,30 @@ _MAX_FRAME = 16384
 _INITIAL_WINDOW = 65535
 _MAX_WINDOW = 2**31 - 1
 _REFILL_BYTES = 2**30
-_INITIAL_WINDOW_SIZE = 4  # the setting's number
+_HEADER_TABLE_SIZE, _INITIAL_WINDOW_SIZE = 1, 4  # the settings' numbers
 _MAX_STREAMS = 900  # at once on one connection; servers allow about a thousand
 _GIVE_UP_S = 30.0
 
 
-class Connection:
-    """One HTTP/2 connection that makes the same unary gRPC call again and again. A call is known by when it was due."""
+class Ended(NamedTuple):
+    """A call that is over: when it was due, whether its answer is the right one, else the headers that came last."""
 
-    def __init__(self, host: str, port: int, path: str, body: bytes, answer_bytes: int) -> None:
+    due: float
+    is_right: bool
+    headers: bytes
+
+
+class Connection:
+    """One HTTP/2 connection that makes the same unary gRPC call again and again. A call is known by when it was due.
+
+    `header_table` False has the server send all headers in full, so that each block can be read by itself.
+    """
+
+    def __init__(
+        self, host: str, port: int, path: str, body: bytes, answer_bytes: int, *, header_table: bool = True
+    ) -> None:
         if len(body) > _INITIAL_WINDOW:
             raise children.BenchError(f"a request of {len(body)} bytes is too large for this generator; use h2load")
-        self.wrong = 0
         self._answer_bytes = answer_bytes
         self._headers = _header_block(f"{host}:{port}", path)
         self._body = body
@@ -56,7 +69,9 @@ class Connection:
         self._consumed = 0
         self._in = bytearray()
         self._out = bytearray(_PREFACE)
-        self._out += _frame(_SETTINGS, 0, 0, struct.pack(">HI", _INITIAL_WINDOW_SIZE, _MAX_WINDOW))
+        settings = struct.pack(">HI", _INITIAL_WINDOW_SIZE, _MAX_WINDOW)
+        settings += b"" if header_table else struct.pack(">HI", _HEADER_TABLE_SIZE, 0)
+        self._out += _frame(_SETTINGS, 0, 0, settings)
         self._out += _frame(_WINDOW_UPDATE, 0, 0, _UINT32.pack(_MAX_WINDOW - _INITIAL_WINDOW))
         self.socket = socket.create_connection((host, port))
         self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -74,13 +89,18 @@ class Connection:
                 del self._out[: self.socket.send(self._out)]
         return bool(self._out)
 
-    def receive(self) -> list[float]:
+    @property
+    def under_way(self) -> int:
+        """How many calls have not ended, those held back included."""
+        return len(self._due) + len(self._held)
+
+    def receive(self) -> list[Ended]:
         """Take what has come; return the calls that it ended."""
         chunk = self.socket.recv(1 << 18)
         if not chunk:
             raise children.BenchError("the server closed the connection under load")
         self._in += chunk
-        ended: list[float] = []
+        ended: list[Ended] = []
         at, size = 0, len(self._in)
         while size - at >= _FRAME_HEADER.size:
             high, low, kind, flags, stream = _FRAME_HEADER.unpack_from(self._in, at)
@@ -94,8 +114,9 @@ class Connection:
             elif kind != _HEADERS:
                 self._control(kind, flags, self._in[start:stop])
             if kind <= _HEADERS and flags & _END_STREAM:
-                self.wrong += self._received.pop(stream) != self._answer_bytes
-                ended.append(self._due.pop(stream))
+                is_right = self._received.pop(stream) == self._answer_bytes
+                headers = b"" if is_right else bytes(self._in[start:stop])
+                ended.append(Ended(self._due.pop(stream), is_right, headers))
             at = stop
         del self._in[:at]
         if self._consumed > _REFILL_BYTES:
@@ -142,6 +163,7 @@ def open_loop(
     give_up = due + _GIVE_UP_S
     taken_s: list[float] = []
     late_s: list[float] = []
+    wrong = 0
     while len(taken_s) < calls:
         now = clock()
         while schedule and schedule[0] <= now:
@@ -153,15 +175,16 @@ def open_loop(
         if readable:
             ended = connection.receive()
             now = clock()
-            taken_s += [now - due for due in ended]
+            taken_s += [now - call.due for call in ended]
+            wrong += sum(not call.is_right for call in ended)
         if now > give_up:
             raise children.BenchError(f"{calls - len(taken_s)} of {calls} calls were not answered")
     elapsed_s = clock() - began
     connection.socket.close()
-    _check(connection.wrong, calls)
+    _check(wrong, calls)
     return {
-        **{f"p{share:g}": 1000 * _quantile(taken_s, share / 100) for share in (50, 99, 99.9)},
-        "late_p99": 1000 * _quantile(late_s, 0.99),
+        **{f"p{share:g}": 1000 * quantile(taken_s, share / 100) for share in (50, 99, 99.9)},
+        "late_p99": 1000 * quantile(late_s, 0.99),
         "cpu_share": (time.process_time() - cpu_began) / elapsed_s,
     }
 
@@ -175,7 +198,7 @@ def closed_loop(
     by_socket = {each.socket: each for each in all_of_them}
     cpu_began, began = time.process_time(), time.perf_counter()
     started = min(in_flight, calls)
-    ended = 0
+    ended = wrong = 0
     for which in range(started):
         all_of_them[which % connections].call(began)
     while ended < calls:
@@ -184,15 +207,16 @@ def closed_loop(
         if not readable and not left:
             raise children.BenchError(f"{calls - ended} of {calls} calls were not answered")
         for each in map(by_socket.__getitem__, readable):
-            for _ in each.receive():
+            for call in each.receive():
                 ended += 1
+                wrong += not call.is_right
                 if started < calls:
                     started += 1
                     each.call(began)
     elapsed_s = time.perf_counter() - began
     for each in all_of_them:
         each.socket.close()
-    _check(sum(each.wrong for each in all_of_them), calls)
+    _check(wrong, calls)
     return {"calls_per_s": calls / elapsed_s, "cpu_share": (time.process_time() - cpu_began) / elapsed_s}
 
 
@@ -201,7 +225,8 @@ def _check(wrong: int, calls: int) -> None:
         raise children.BenchError(f"{wrong} of {calls} calls were answered with an error or something else")
 
 
-def _quantile(values: list[float], share: float) -> float:
+def quantile(values: list[float], share: float) -> float:
+    """Return the value that so great a share of `values` does not exceed."""
     return sorted(values)[math.ceil(share * len(values)) - 1]
 
 
