@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from google.protobuf.runtime_version import VersionError
 
+from vaeserve_server import connections
 from vaeserve_server.addresses import address
 from vaeserve_server.calls import Calls, Method, native_methods
 from vaeserve_server.credentials import Credentials
@@ -65,12 +66,17 @@ class Server:
         if settings.oip:
             methods += _oip_methods(self._service, lambda name: self._health.is_serving(name))  # noqa: PLW0108 - not yet
         self._credentials = Credentials(settings)
-        self._calls = Calls(methods, self._credentials.access)
+        self._calls = Calls(methods, self._credentials.access, settings.max_calls)
         self._health = Health(self._calls.services)
         self._tracer: CallTracer | None = None
         self._metrics: MetricsEndpoint | None = None
         if new_transport is None:
-            new_transport = partial(GrpcTransport, share_port=settings.workers > 1, tls=self._credentials.tls)
+            new_transport = partial(
+                GrpcTransport,
+                limits=connections.limits_of(settings),
+                share_port=settings.workers > 1,
+                tls=self._credentials.tls,
+            )
         self._transport = new_transport(self._calls, self._health, settings.max_message_bytes)
         self.models = Models(settings, self._service.open, self._health.set_models)
         self._hurry = asyncio.Event()

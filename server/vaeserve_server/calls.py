@@ -11,6 +11,7 @@ import asyncio
 import itertools
 import logging
 import math
+import random
 import secrets
 import time
 from collections.abc import Awaitable, Callable, Iterable, Sequence
@@ -37,6 +38,8 @@ ReadMetadata = Callable[[], Iterable[tuple[str, str | bytes]] | None]
 _log = logging.getLogger(__name__)
 # A transport that ends a call at its deadline may do so by a clock that is this much ahead of ours.
 _CLOCK_S = 0.02
+# Who is refused because of the number of calls may come again after this, and up to twice as long.
+_RETRY_S = 0.1
 
 
 class Answer(NamedTuple):
@@ -89,9 +92,9 @@ class Tracer(Protocol):
 
 
 class Calls:
-    """The calls of all services, over all transports. `tracer` is told of each, if there is one."""
+    """The calls of all services, over all transports, at most `max_calls` at once. `tracer` is told of each it took."""
 
-    def __init__(self, methods: Sequence[Method], access: Access) -> None:
+    def __init__(self, methods: Sequence[Method], access: Access, max_calls: int) -> None:
         self.methods = methods
         self.services = list(dict.fromkeys(method.service for method in methods))
         self.tracer: Tracer | None = None
@@ -99,12 +102,26 @@ class Calls:
         self._id_prefix = secrets.token_hex(5)
         self._numbers = itertools.count()
         self._in_flight = 0
+        self._max_calls = max_calls
+        self._refusals = itertools.cycle(_refusals(max_calls))
         self._idle = asyncio.Event()  # kept only once somebody waits for it
         self._awaited = False
 
     def stats(self) -> list[MethodStats]:
         """Return what is counted of the methods, which may share one count."""
         return list(dict.fromkeys(method.stats for method in self.methods))
+
+    @property
+    def are_full(self) -> bool:
+        """Return whether one more call would be refused."""
+        return self._in_flight >= self._max_calls
+
+    def refuse(self, method: Method) -> status.Status:
+        """Count a call that is refused unread, and return its status. Costs little: time is short when it happens."""
+        method.stats.started += 1
+        method.stats.refused += 1
+        method.stats.codes[code_pb2.RESOURCE_EXHAUSTED] += 1
+        return next(self._refusals)
 
     async def answer(
         self, method: Method, payload: bytes, remaining_s: float | None, read_metadata: ReadMetadata
@@ -114,6 +131,8 @@ class Calls:
         `remaining_s` is the time until the caller's deadline, None without one. Cancelling takes the call's rows out of
         the queue.
         """
+        if self.are_full:  # what came since the transport asked
+            raise CallFailedError(self.refuse(method))
         started = time.monotonic()
         deadline = math.inf if remaining_s is None else started + remaining_s
         call_id = self._new_id()
@@ -190,6 +209,14 @@ class Calls:
             (COMPUTE_KEY, str(round(compute_s * 1e6))),
             (BATCH_ROWS_KEY, str(max(passage.batch_rows for passage in went))),
         )
+
+
+def _refusals(max_calls: int) -> list[status.Status]:
+    """Return refusals that differ in when to come again, or all who were refused together come back together."""
+    words = f"the server has {max_calls} calls in hand, as many as it takes; try again in"
+    waits_s = [_RETRY_S * (1 + step / 16) for step in range(16)]
+    random.shuffle(waits_s)
+    return [status.of_error(QueueFullError(f"{words} {wait_s:.3f} s", wait_s)) for wait_s in waits_s]
 
 
 def native_methods(service: VaeService) -> list[Method]:

@@ -13,14 +13,13 @@ import importlib.util
 import json
 import math
 import os
-import resource
 import signal
 import socket
 import tempfile
 from pathlib import Path
 from typing import Any, NoReturn
 
-from vaeserve_server import envoy_tls, tls
+from vaeserve_server import connections, envoy_limits, envoy_tls, tls
 from vaeserve_server.addresses import check_free
 from vaeserve_server.credentials import tls_files
 from vaeserve_server.errors import ListenError, StartError, TlsError
@@ -35,8 +34,6 @@ SIGNALS = (*STOP_SIGNALS, signal.SIGHUP)
 
 _TYPES = "type.googleapis.com/envoy.extensions"
 _ADMIN_SOCKET = "admin.sock"
-_RESERVED_FILES = 128
-_MAX_CONNECTIONS = 16384
 _START_S = 20.0
 _POLL_S = 0.01
 _ADMIN_S = 5.0
@@ -72,17 +69,7 @@ def configuration(settings: Settings, folder: Path, ended_fd: int) -> dict[str, 
         "node": {"id": "vaeserve", "cluster": "vaeserve"},  # which Envoy's TLS insists on, although nobody reads it
         "admin": {"address": {"pipe": {"path": str(folder / _ADMIN_SOCKET), "mode": 0o600}}},
         "static_resources": {"listeners": [_listener(settings, folder, ended_fd)]},
-        "overload_manager": {
-            "resource_monitors": [
-                {
-                    "name": "envoy.resource_monitors.global_downstream_max_connections",
-                    "typed_config": {
-                        "@type": f"{_TYPES}.resource_monitors.downstream_connections.v3.DownstreamConnectionsConfig",
-                        "max_active_downstream_connections": _max_connections(),
-                    },
-                }
-            ]
-        },
+        "overload_manager": envoy_limits.overload_manager(connections.limits_of(settings)),
         "layered_runtime": {
             "layers": [
                 {
@@ -108,7 +95,7 @@ def _listener(settings: Settings, folder: Path, ended_fd: int) -> dict[str, Any]
                 "filters": [
                     {
                         "name": "envoy.filters.network.http_connection_manager",
-                        "typed_config": _connection_manager(ended_fd),
+                        "typed_config": _connection_manager(settings, ended_fd),
                     }
                 ],
             }
@@ -116,25 +103,17 @@ def _listener(settings: Settings, folder: Path, ended_fd: int) -> dict[str, Any]
     }
 
 
-def _connection_manager(ended_fd: int) -> dict[str, Any]:
+def _connection_manager(settings: Settings, ended_fd: int) -> dict[str, Any]:
     return {
         "@type": f"{_TYPES}.filters.network.http_connection_manager.v3.HttpConnectionManager",
         "stat_prefix": "grpc",
         "codec_type": "HTTP2",
-        "http2_protocol_options": {
-            "max_concurrent_streams": 1000,
-            "initial_stream_window_size": 2**20,
-            "initial_connection_window_size": 2**24,
-            "connection_keepalive": {"interval": "60s", "timeout": "20s"},  # notice peers that vanished
-        },
-        "common_http_protocol_options": {"max_headers_count": 1000},
-        "request_headers_timeout": "20s",
+        **envoy_limits.connection_manager(connections.limits_of(settings), settings.max_calls),
         "server_header_transformation": "PASS_THROUGH",
         "use_remote_address": True,
         "skip_xff_append": True,
         "generate_request_id": False,
-        "route_config": {"virtual_hosts": [{"name": "grpc", "domains": ["*"]}]},
-        "http_filters": [_stream_id_filter(), _python_filter()],
+        "http_filters": [envoy_limits.calls_filter(settings.max_calls), _stream_id_filter(), _python_filter()],
         "access_log": [_ended_log(ended_fd)],
     }
 
@@ -224,11 +203,6 @@ def _python_library() -> dict[str, str]:
             "install libpython3.x, with pyenv build with PYTHON_CONFIGURE_OPTS=--enable-shared, or use --transport grpc"
         )
     return environment
-
-
-def _max_connections() -> int:
-    files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    return max(1, min(_MAX_CONNECTIONS, files - _RESERVED_FILES))
 
 
 class Admin:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import signal
 
-from vaeserve_server import app, interpreter, logs
+from vaeserve_server import app, connections, interpreter, logs
 from vaeserve_server.errors import StartError
 from vaeserve_server.settings import Settings
 
@@ -15,6 +15,7 @@ _log = logging.getLogger(__name__)
 def run(settings: Settings) -> int:
     """Serve until SIGTERM or SIGINT, then drain; a second signal cuts the drain short. Return the exit status."""
     logs.configure(settings.log_format, settings.log_level)
+    connections.raise_file_limit()
     signal.signal(signal.SIGHUP, signal.SIG_IGN)  # until there is something to reload; by default it would end us
     try:
         if settings.transport == "envoy":

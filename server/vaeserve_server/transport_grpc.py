@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
@@ -17,6 +18,14 @@ import grpc.aio
 from vaeserve_server import grpc_access, grpc_wire, health, standard
 from vaeserve_server.addresses import address, check_free
 from vaeserve_server.calls import CallFailedError, Calls, Method
+from vaeserve_server.connections import (
+    AGE_GRACE_S,
+    HANDSHAKE_S,
+    MAX_STREAMS,
+    MIN_CLIENT_PING_S,
+    PING_TIMEOUT_S,
+    ConnectionLimits,
+)
 from vaeserve_server.errors import ListenError
 from vaeserve_server.tls import Tls
 
@@ -47,6 +56,7 @@ class GrpcTransport:
         health_service: health.Health,
         max_message_bytes: int,
         *,
+        limits: ConnectionLimits,
         share_port: bool = False,
         tls: Tls | None = None,
     ) -> None:
@@ -64,6 +74,7 @@ class GrpcTransport:
                 ("grpc.max_receive_message_length", max_message_bytes),
                 ("grpc.server_handshake_timeout_ms", _HANDSHAKE_MS),
                 ("grpc.max_send_message_length", -1),  # the row limit bounds answers
+                *_channel_arguments(limits),
                 ("grpc.per_message_decompression", 0),
                 ("grpc.compression_enabled_algorithms_bitset", _IDENTITY_AND_GZIP),
             ],
@@ -75,7 +86,7 @@ class GrpcTransport:
         handlers = {f"/{method.service}/{method.name}": _handler(calls, method, unpack) for method in calls.methods}
         of_standard = standard.handlers(health_service, calls.services)
         handlers |= {path: _standard(handler, unpack) for path, handler in of_standard.items()}
-        self._server.add_generic_rpc_handlers([_ByPath(handlers)])
+        self._server.add_generic_rpc_handlers([_ByPath(handlers, calls)])
 
     async def start(self, host: str, port: int) -> int:
         """Listen, and return the port; ListenError if it cannot be had."""
@@ -107,15 +118,51 @@ class GrpcTransport:
         await self._stopping
 
 
-class _ByPath(grpc.GenericRpcHandler):  # type: ignore[type-arg]  # subscriptable in the stubs only
-    """Finds handlers of several services by their path."""
+def _channel_arguments(limits: ConnectionLimits) -> list[tuple[str, int]]:
+    """Return grpcio's words for the limits; a time of 0 is none."""
+    times_s = {
+        "grpc.max_connection_idle_ms": limits.idle_s,
+        "grpc.max_connection_age_ms": limits.age_s,
+        "grpc.max_connection_age_grace_ms": AGE_GRACE_S,
+        "grpc.keepalive_time_ms": limits.keepalive_s,
+        "grpc.keepalive_timeout_ms": PING_TIMEOUT_S,
+        "grpc.server_handshake_timeout_ms": HANDSHAKE_S,
+        "grpc.http2.min_recv_ping_interval_without_data_ms": MIN_CLIENT_PING_S,
+    }
+    return [
+        ("grpc.max_allowed_incoming_connections", limits.connections),
+        ("grpc.max_concurrent_streams", MAX_STREAMS),
+        ("grpc.keepalive_permit_without_calls", 1),
+        *((name, math.ceil(1000 * seconds)) for name, seconds in times_s.items() if seconds),
+    ]
 
-    def __init__(self, handlers: dict[str, Any]) -> None:
+
+class _ByPath(grpc.GenericRpcHandler):  # type: ignore[type-arg]  # subscriptable in the stubs only
+    """Finds handlers of several services by their path; while all calls are in hand, one that refuses ours unread."""
+
+    def __init__(self, handlers: dict[str, Any], calls: Calls) -> None:
         self._handlers = handlers
+        self._calls = calls
+        self._refusals = {
+            f"/{method.service}/{method.name}": _refusal(calls, method) for method in calls.methods if method.read
+        }
 
     def service(self, handler_call_details: grpc.HandlerCallDetails) -> Any:
         """Return the handler, None if the path is not one of these."""
-        return self._handlers.get(handler_call_details.method)
+        path = handler_call_details.method
+        if self._calls.are_full and path in self._refusals:
+            return self._refusals[path]
+        return self._handlers.get(path)
+
+
+def _refusal(calls: Calls, method: Method) -> grpc.RpcMethodHandler[bytes, bytes]:
+    """Return a handler of streams, since those are begun before a message is there."""
+
+    async def refuse(_unread: object, context: _Context) -> None:
+        status = calls.refuse(method)
+        await context.abort(_CODES[status.code], status.message, status.metadata)
+
+    return grpc.stream_stream_rpc_method_handler(refuse)
 
 
 def _handler(calls: Calls, method: Method, unpack: _Unpack) -> grpc.RpcMethodHandler[bytes, bytes]:

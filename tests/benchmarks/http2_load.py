@@ -34,8 +34,8 @@ _MAX_FRAME = 16384
 _INITIAL_WINDOW = 65535
 _MAX_WINDOW = 2**31 - 1
 _REFILL_BYTES = 2**30
-_HEADER_TABLE_SIZE, _INITIAL_WINDOW_SIZE = 1, 4  # the settings' numbers
-_MAX_STREAMS = 900  # at once on one connection; servers allow about a thousand
+_HEADER_TABLE_SIZE, _MAX_CONCURRENT_STREAMS, _INITIAL_WINDOW_SIZE = 1, 3, 4  # the settings' numbers
+_MAX_STREAMS = 100  # at once on one connection, until the server has said how many it allows
 _GIVE_UP_S = 30.0
 
 
@@ -65,6 +65,7 @@ class Connection:
         self._due: dict[int, float] = {}  # by stream
         self._received: dict[int, int] = {}  # bytes of data, by stream
         self._next_stream = 1
+        self._max_streams = _MAX_STREAMS
         self._send_window = _INITIAL_WINDOW
         self._consumed = 0
         self._in = bytearray()
@@ -129,12 +130,16 @@ class Connection:
         if kind == _WINDOW_UPDATE:  # a stream's own window is never used up
             self._send_window += _UINT32.unpack(payload)[0]
         elif kind in (_SETTINGS, _PING) and not flags & _ACK:
+            if kind == _SETTINGS:
+                self._max_streams = dict(struct.iter_unpack(">HI", payload)).get(
+                    _MAX_CONCURRENT_STREAMS, self._max_streams
+                )
             self._out += _frame(kind, _ACK, 0, bytes(payload) if kind == _PING else b"")
         elif kind in (_RST_STREAM, _GOAWAY):
             raise children.BenchError(f"the server broke off under load (HTTP/2 frame type {kind}: {payload.hex()})")
 
     def _start_held(self) -> None:
-        while self._held and self._send_window >= len(self._body) and len(self._due) < _MAX_STREAMS:
+        while self._held and self._send_window >= len(self._body) and len(self._due) < self._max_streams:
             stream = self._next_stream
             self._next_stream += 2
             self._due[stream] = self._held.popleft()

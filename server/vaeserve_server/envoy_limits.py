@@ -1,0 +1,113 @@
+"""The bounds of `connections.py` and of the calls in hand, in Envoy's words: they hold before any Python is run.
+
+A call too many is refused by Envoy itself. Under overload that is what matters: refusing in Python costs half of what
+answering costs, and a server with several times the calls that it can answer would come to do nothing but refuse.
+"""
+
+from __future__ import annotations
+
+import base64
+from typing import Any
+
+from google.protobuf.any_pb2 import Any as AnyMessage
+from google.rpc import code_pb2, error_details_pb2, status_pb2
+
+from vaeserve_server.connections import HANDSHAKE_S, MAX_STREAMS, PING_TIMEOUT_S, ConnectionLimits
+
+_TYPES = "type.googleapis.com/envoy.extensions"
+_LIMIT_FILTER = "envoy.filters.http.adaptive_concurrency"
+_OVERLOADED = 503
+_FLUSH_S = 60.0
+_FIXED_S = "3600s"
+
+
+def connection_manager(limits: ConnectionLimits, max_calls: int) -> dict[str, Any]:
+    """Return the options of the HTTP connection manager that bound connections, streams and calls."""
+    common: dict[str, Any] = {"max_headers_count": 1000, "idle_timeout": _seconds(limits.idle_s)}
+    if limits.age_s:
+        common["max_connection_duration"] = _seconds(limits.age_s)
+        common["max_connection_duration_jitter"] = {"value": 10}
+    http2: dict[str, Any] = {
+        "max_concurrent_streams": MAX_STREAMS,
+        "initial_stream_window_size": 2**20,
+        "initial_connection_window_size": 2**24,
+    }
+    if limits.keepalive_s:
+        http2["connection_keepalive"] = {"interval": _seconds(limits.keepalive_s), "timeout": _seconds(PING_TIMEOUT_S)}
+    return {
+        "http2_protocol_options": http2,
+        "common_http_protocol_options": common,
+        "request_headers_timeout": _seconds(HANDSHAKE_S),
+        "stream_flush_timeout": _seconds(_FLUSH_S),  # for an answer that its caller does not take
+        "route_config": {"virtual_hosts": [{"name": "grpc", "domains": ["*"], "routes": _routes()}]},
+        "local_reply_config": {"mappers": [_refusal(max_calls)]},
+    }
+
+
+def overload_manager(limits: ConnectionLimits) -> dict[str, Any]:
+    """Return what bounds the number of connections."""
+    monitor = {
+        "name": "envoy.resource_monitors.global_downstream_max_connections",
+        "typed_config": {
+            "@type": f"{_TYPES}.resource_monitors.downstream_connections.v3.DownstreamConnectionsConfig",
+            "max_active_downstream_connections": limits.connections,
+        },
+    }
+    return {"resource_monitors": [monitor]}
+
+
+def calls_filter(max_calls: int) -> dict[str, Any]:
+    """Return the filter that refuses a call when `max_calls` are in hand: the adaptive one, with nothing to adapt."""
+    return {
+        "name": _LIMIT_FILTER,
+        "typed_config": {
+            "@type": f"{_TYPES}.filters.http.adaptive_concurrency.v3.AdaptiveConcurrency",
+            "gradient_controller_config": {
+                "concurrency_limit_params": {
+                    "max_concurrency_limit": max_calls,
+                    "concurrency_update_interval": "1s",
+                },
+                "min_rtt_calc_params": {"fixed_value": _FIXED_S, "min_concurrency": max_calls},
+            },
+            "concurrency_limit_exceeded_status": {"code": _OVERLOADED},
+        },
+    }
+
+
+def _routes() -> list[dict[str, Any]]:
+    """Return routes on which nothing is forwarded: they say what holds for health and reflection but not for calls."""
+    standard = {
+        "match": {"prefix": "/grpc."},
+        # The only kind of route that can say that a stream may be quiet for ever, as a Watch of health is.
+        "route": {"cluster_header": "x-vaeserve-none", "idle_timeout": "0s"},
+        "typed_per_filter_config": {
+            _LIMIT_FILTER: {"@type": "type.googleapis.com/envoy.config.route.v3.FilterConfig", "disabled": True}
+        },
+    }
+    return [standard, {"match": {"prefix": "/"}, "non_forwarding_action": {}}]
+
+
+def _refusal(max_calls: int) -> dict[str, Any]:
+    """Make Envoy's reply to a call too many ours: RESOURCE_EXHAUSTED, with push-back of 100 to 199 ms by the clock."""
+    info = AnyMessage()
+    info.Pack(error_details_pb2.ErrorInfo(reason="QUEUE_FULL", domain="vaeserve"))
+    message = f"the server has {max_calls} calls in hand, as many as it takes; try again"
+    rich = status_pb2.Status(code=code_pb2.RESOURCE_EXHAUSTED, message=message, details=[info])
+    headers = {
+        "grpc-status": str(code_pb2.RESOURCE_EXHAUSTED),
+        "grpc-status-details-bin": base64.b64encode(rich.SerializeToString()).decode().rstrip("="),
+        "grpc-retry-pushback-ms": "1%START_TIME(%2f)%",
+    }
+    overloaded = {"op": "EQ", "value": {"default_value": _OVERLOADED, "runtime_key": "vaeserve.none"}}
+    return {
+        "filter": {"status_code_filter": {"comparison": overloaded}},
+        "body": {"inline_string": message},
+        "headers_to_add": [
+            {"header": {"key": key, "value": value}, "append_action": "OVERWRITE_IF_EXISTS_OR_ADD"}
+            for key, value in headers.items()
+        ],
+    }
+
+
+def _seconds(seconds: float) -> str:
+    return f"{seconds:.3f}s"
