@@ -42,5 +42,7 @@ async def app(
         "threads": pool.threads,
         "free_threads": pool._free,
         "streams": len(served._transport._streams),
+        "tasks": len(asyncio.all_tasks()),
+        "calls": served.server._calls._in_flight,
     }
     await Stream(receive, send, max_message_bytes=0).reply(json.dumps(state).encode())

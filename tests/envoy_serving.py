@@ -19,7 +19,7 @@ import grpc
 from vaeserve_server.errors import StartError
 from vaeserve_server.settings import Settings
 
-PROBE = "/tests.Probe/Look"
+PROBE = "/grpc.tests.Probe/Look"  # among the services that are answered however many calls are in hand
 _LIMIT_S = 60.0
 _PROGRAM = """
 import sys
@@ -91,4 +91,5 @@ def _view(channel: grpc.Channel) -> Any:
     engines = [SimpleNamespace(queued_rows=lambda rows=rows: rows) for rows in state["queued_rows"]]
     pool = SimpleNamespace(threads=state["threads"], _free=state["free_threads"])
     models = SimpleNamespace(repository=SimpleNamespace(engines=engines), pool=pool)
-    return SimpleNamespace(models=models, streams=state["streams"])
+    calls = SimpleNamespace(_in_flight=state["calls"])
+    return SimpleNamespace(models=models, streams=state["streams"], tasks=state["tasks"], _calls=calls)

@@ -34,6 +34,7 @@ class Connection:
         self.flush()
         self.headers: dict[int, dict[str, str]] = {}
         self.ended: dict[int, str] = {}
+        self.gone = False  # told to go elsewhere
 
     def __enter__(self) -> Self:
         return self
@@ -100,6 +101,8 @@ class Connection:
                 self.http.acknowledge_received_data(event.flow_controlled_length, event.stream_id)
             elif isinstance(event, h2.events.ResponseReceived | h2.events.TrailersReceived):
                 self.headers.setdefault(event.stream_id, {}).update(event.headers)
+            elif isinstance(event, h2.events.ConnectionTerminated):
+                self.gone = True
             elif isinstance(event, _ENDS):
                 self.ended[event.stream_id] = type(event).__name__
         try:

@@ -69,6 +69,11 @@ def queued_rows(server: Server) -> int:
     return sum(engine.queued_rows() for engine in server.models.repository.engines)
 
 
+def tasks(server: Any) -> int:
+    """Return the tasks on the loop of a started server."""
+    return len(asyncio.all_tasks()) if isinstance(server, Server) else server.tasks
+
+
 @contextlib.contextmanager
 def running_server(models_dir: Path, **settings: Any) -> Iterator[RunningServer]:
     """Serve `models_dir` on a free port of 127.0.0.1 with these settings, and drain at the end.

@@ -16,13 +16,13 @@ MAX_STREAMS = 256
 """Calls under way on one connection; more wait at the caller's side, as HTTP/2 has it."""
 HANDSHAKE_S = 20.0
 """Time for a connection's beginning: TLS, and HTTP/2's preface and settings."""
-PING_TIMEOUT_S = 20.0
-"""Time for the answer to a ping; a peer that does not take what is sent to it does not answer."""
 AGE_GRACE_S = 60.0
 """Time for the calls of a connection that has reached its age."""
 MIN_CLIENT_PING_S = 10.0
 """Clients' own pings may come this often; one that sends more is sent away."""
 
+# A peer that does not take what is sent to it does not answer a ping either.
+_MOST_PING_TIMEOUT_S = 20.0
 _MOST = 16384
 _RESERVED_FILES = 128
 
@@ -35,6 +35,11 @@ class ConnectionLimits:
     idle_s: float
     age_s: float
     keepalive_s: float
+
+    @property
+    def ping_timeout_s(self) -> float:
+        """The time for the answer to a ping."""
+        return min(self.keepalive_s, _MOST_PING_TIMEOUT_S)
 
 
 def limits_of(settings: Settings) -> ConnectionLimits:

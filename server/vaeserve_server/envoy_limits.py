@@ -12,7 +12,7 @@ from typing import Any
 from google.protobuf.any_pb2 import Any as AnyMessage
 from google.rpc import code_pb2, error_details_pb2, status_pb2
 
-from vaeserve_server.connections import HANDSHAKE_S, MAX_STREAMS, PING_TIMEOUT_S, ConnectionLimits
+from vaeserve_server.connections import HANDSHAKE_S, MAX_STREAMS, ConnectionLimits
 
 _TYPES = "type.googleapis.com/envoy.extensions"
 _LIMIT_FILTER = "envoy.filters.http.adaptive_concurrency"
@@ -33,7 +33,10 @@ def connection_manager(limits: ConnectionLimits, max_calls: int) -> dict[str, An
         "initial_connection_window_size": 2**24,
     }
     if limits.keepalive_s:
-        http2["connection_keepalive"] = {"interval": _seconds(limits.keepalive_s), "timeout": _seconds(PING_TIMEOUT_S)}
+        http2["connection_keepalive"] = {
+            "interval": _seconds(limits.keepalive_s),
+            "timeout": _seconds(limits.ping_timeout_s),
+        }
     return {
         "http2_protocol_options": http2,
         "common_http_protocol_options": common,

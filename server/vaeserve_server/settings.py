@@ -110,8 +110,8 @@ class Settings(BaseSettings):
     connection_age_s: Seconds = 1800.0
     """Time after which a connection is asked to go, so that clients spread anew over servers. 0 is never."""
     keepalive_s: Seconds = 60.0
-    """How often a quiet connection is asked whether anybody is there; after 20 s without a word it is closed. 0 is
-    never."""
+    """How often a quiet connection is asked whether anybody is there. Without an answer in as long again, at most 20 s,
+    it is closed. 0 is never."""
 
     metrics: CliImplicitFlag[bool] = True
     """Serve Prometheus metrics over HTTP, at /metrics."""

@@ -23,7 +23,6 @@ from vaeserve_server.connections import (
     HANDSHAKE_S,
     MAX_STREAMS,
     MIN_CLIENT_PING_S,
-    PING_TIMEOUT_S,
     ConnectionLimits,
 )
 from vaeserve_server.errors import ListenError
@@ -125,7 +124,8 @@ def _channel_arguments(limits: ConnectionLimits) -> list[tuple[str, int]]:
         "grpc.max_connection_age_ms": limits.age_s,
         "grpc.max_connection_age_grace_ms": AGE_GRACE_S,
         "grpc.keepalive_time_ms": limits.keepalive_s,
-        "grpc.keepalive_timeout_ms": PING_TIMEOUT_S,
+        # Not grpc.keepalive_timeout_ms: grpcio 1.81 never starts that timer.
+        "grpc.http2.ping_timeout_ms": limits.ping_timeout_s,
         "grpc.server_handshake_timeout_ms": HANDSHAKE_S,
         "grpc.http2.min_recv_ping_interval_without_data_ms": MIN_CLIENT_PING_S,
     }

@@ -28,6 +28,7 @@ import children
 _PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 _DATA, _HEADERS, _RST_STREAM, _SETTINGS, _PING, _GOAWAY, _WINDOW_UPDATE = 0, 1, 3, 4, 6, 7, 8
 _END_STREAM, _ACK, _END_HEADERS = 1, 1, 4
+_REFUSED_STREAM = 7
 _FRAME_HEADER = struct.Struct(">HBBBI")  # length (16 and 8 bits), type, flags, stream
 _UINT32 = struct.Struct(">I")
 _MAX_FRAME = 16384
@@ -112,6 +113,8 @@ class Connection:
             if kind == _DATA:
                 self._received[stream] += stop - start
                 self._consumed += stop - start
+            elif kind == _RST_STREAM:
+                self._reset(stream, self._in[start:stop])
             elif kind != _HEADERS:
                 self._control(kind, flags, self._in[start:stop])
             if kind <= _HEADERS and flags & _END_STREAM:
@@ -135,8 +138,17 @@ class Connection:
                     _MAX_CONCURRENT_STREAMS, self._max_streams
                 )
             self._out += _frame(kind, _ACK, 0, bytes(payload) if kind == _PING else b"")
-        elif kind in (_RST_STREAM, _GOAWAY):
+        elif kind == _GOAWAY:
             raise children.BenchError(f"the server broke off under load (HTTP/2 frame type {kind}: {payload.hex()})")
+
+    def _reset(self, stream: int, payload: bytearray) -> None:
+        """Take a reset: of a call answered before all of it was read, or of one never begun, which is sent again."""
+        if stream not in self._due:
+            return
+        if _UINT32.unpack(payload)[0] != _REFUSED_STREAM:
+            raise children.BenchError(f"the server broke off a call under load (HTTP/2 error {payload.hex()})")
+        del self._received[stream]
+        self._held.appendleft(self._due.pop(stream))
 
     def _start_held(self) -> None:
         while self._held and self._send_window >= len(self._body) and len(self._due) < self._max_streams:

@@ -133,9 +133,7 @@ def overload(
 ) -> dict[str, Any]:
     """Put the server under full load, `times` as much, and full load again; return what came of it."""
     body = Path(body_file).read_bytes()
-    opened = [
-        Connection("127.0.0.1", port, path, body, answer_bytes, header_table=False) for _ in range(connections)
-    ]
+    opened = [Connection("127.0.0.1", port, path, body, answer_bytes, header_table=False) for _ in range(connections)]
     load = Load(opened, pid)
     load.full(in_flight, _WARM_S)
     full = load.full(in_flight, full_s)
