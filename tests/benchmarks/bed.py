@@ -109,6 +109,11 @@ class Bed:
     ) -> None:
         self._stack.close()
 
+    @property
+    def load_core(self) -> list[str]:
+        """The core that load generators keep to, as an argument for one; none where there is only one."""
+        return [] if self._load_core is None else [str(self._load_core)]
+
     @cached_property
     def servers(self) -> list[Server]:
         """One server for each transport that there is."""
@@ -256,8 +261,7 @@ class Bed:
 
     @cached_property
     def _http2_load(self) -> Child:
-        core = [] if self._load_core is None else [str(self._load_core)]
-        return self._stack.enter_context(worker("http2_load.py", self._folder / "http2_load.log", *core))
+        return self._stack.enter_context(worker("http2_load.py", self._folder / "http2_load.log", *self.load_core))
 
     def _drive(self, server: Server, sent: Sent, in_flight: int, connections: int, calls: int) -> dict[str, float]:
         arguments: dict[str, Any] = {

@@ -26,7 +26,7 @@ from http2_load import Connection, Ended, quantile
 _SLICE_S = 0.2
 _WARM_S = 1.0
 _MEMORY_S = 0.5
-_SETTLE_S = 5.0
+_RECOVERED = 0.9
 _READ_ONE_IN = 16  # refusals whose headers are read
 _GIVE_UP_S = 30.0
 _RESOURCE_EXHAUSTED = "8"
@@ -165,15 +165,11 @@ def overload(
     }
 
 
-def _recovery_s(after: Outcome, capacity: float) -> dict[str, float]:
-    """Return, for shares of the capacity, after how long a slice of time first had that much answered; -1 never."""
+def _recovery_s(after: Outcome, capacity: float) -> float:
+    """Return after how long a slice of time first had nearly as much answered as the capacity is; -1 if none had."""
     slices = Counter(int((end - after.began) / _SLICE_S) for end in after.ends)
-    return {
-        str(share): next(
-            (_SLICE_S * (which + 1) for which in sorted(slices) if slices[which] >= share * capacity * _SLICE_S), -1.0
-        )
-        for share in (0.5, 0.8, 0.9)
-    }
+    enough = _RECOVERED * capacity * _SLICE_S
+    return next((_SLICE_S * (which + 1) for which in sorted(slices) if slices[which] >= enough), -1.0)
 
 
 def _status(headers: bytes) -> str:
