@@ -17,7 +17,7 @@ CORES  := -n auto --maxprocesses 4 --dist loadfile
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help run serve test test-envoy fuzz crash bench bench-gpu soak lint format protos protos-released test-protobuf7 test-compose node lock audit build clean
+.PHONY: help run serve test test-envoy fuzz crash bench bench-gpu overload soak lint format protos protos-released test-protobuf7 test-compose node lock audit build clean
 
 help: ## Show this list
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 18
@@ -61,6 +61,9 @@ bench-gpu: $(VENV)/.user ## The same on a GPU, where there is one: runs/bench/re
 
 soak: $(VENV)/.dev ## Everything at once for 3 minutes: load, reloads, kills, bad input (ARGS="--minutes 60 --transport envoy")
 	@$(BIN)/python tests/soak/soak.py $(ARGS)
+
+overload: $(VENV)/.dev ## What 3 times as many calls as ./models can take do to the server, for a minute (ARGS="--seconds 5")
+	@$(BIN)/python tests/benchmarks/overload.py $(ARGS)
 
 lint: $(VENV)/.dev ## ruff, mypy --strict, buf
 	@$(BIN)/ruff check .

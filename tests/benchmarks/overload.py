@@ -70,7 +70,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--p99-ratio", type=float, default=2.0, help="bound: p99 of accepted calls to that of full load (default: 2)")
     add("--refused-ms", type=float, default=20.0, help="bound: p99 of refused calls (default: 20)")
     add("--memory-ratio", type=float, default=1.1, help="bound: memory, second half to first (default: 1.1)")
-    add("--recovery-s", type=float, default=1.0, help="bound: until 0.9 of the capacity is back (default: 1)")
+    add("--recovery-s", type=float, default=1.0, help="bound: until the capacity is back (default: 1)")
+    add("--recovered", type=float, default=0.9, help="share of the capacity that counts as being back (default: 0.9)")
     return parser.parse_args(arguments)
 
 
@@ -95,6 +96,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
                 full_s=min(_FULL_S, options.seconds),
                 times=options.times,
                 seconds=options.seconds,
+                recovered=options.recovered,
             )
     return answer
 
@@ -136,7 +138,7 @@ def table(options: argparse.Namespace, seen: dict[str, Any]) -> list[Row]:
     back_s = seen["recovery_s"]
     is_back = 0 <= back_s <= options.recovery_s
     words = f"after {back_s:.1f} s" if back_s >= 0 else "never while it was watched"
-    rows.append(Row("0.9 of the capacity is back", words, f"<= {options.recovery_s:g} s", is_back))
+    rows.append(Row(f"{options.recovered:.0%} of the capacity is back", words, f"<= {options.recovery_s:g} s", is_back))
     late = seen["late_ms"]["p99"]
     rows.append(Row("the load itself", f"p99 {late:.1f} ms late, {seen['cpu_share']:.0%} of a core"))
     return rows

@@ -26,7 +26,6 @@ from http2_load import Connection, Ended, quantile
 _SLICE_S = 0.2
 _WARM_S = 1.0
 _MEMORY_S = 0.5
-_RECOVERED = 0.9
 _READ_ONE_IN = 16  # refusals whose headers are read
 _GIVE_UP_S = 30.0
 _RESOURCE_EXHAUSTED = "8"
@@ -130,8 +129,12 @@ def overload(
     full_s: float,
     times: float,
     seconds: float,
+    recovered: float,
 ) -> dict[str, Any]:
-    """Put the server under full load, `times` as much, and full load again; return what came of it."""
+    """Put the server under full load, `times` as much, and full load again; return what came of it.
+
+    The server is back when it answers `recovered` times as many calls as before.
+    """
     body = Path(body_file).read_bytes()
     opened = [Connection("127.0.0.1", port, path, body, answer_bytes, header_table=False) for _ in range(connections)]
     load = Load(opened, pid)
@@ -160,15 +163,15 @@ def overload(
         "statuses": dict(statuses),
         "late_ms": _milliseconds(over.late_s),
         "memory_bytes": [max(over.memory[: half + 1]), max(over.memory[half:])],
-        "recovery_s": _recovery_s(after, capacity),
+        "recovery_s": _recovery_s(after, recovered * capacity),
         "cpu_share": cpu_share,
     }
 
 
-def _recovery_s(after: Outcome, capacity: float) -> float:
-    """Return after how long a slice of time first had nearly as much answered as the capacity is; -1 if none had."""
+def _recovery_s(after: Outcome, calls_per_s: float) -> float:
+    """Return after how long a slice of time first had so many calls answered; -1 if none had."""
     slices = Counter(int((end - after.began) / _SLICE_S) for end in after.ends)
-    enough = _RECOVERED * capacity * _SLICE_S
+    enough = calls_per_s * _SLICE_S
     return next((_SLICE_S * (which + 1) for which in sorted(slices) if slices[which] >= enough), -1.0)
 
 
