@@ -183,6 +183,7 @@ class Calls:
             ended = EndedCall(call_id, service, rpc, failure.code, now, now, [])
             for method in self.methods:
                 if path == f"/{method.service}/{method.name}":
+                    method.stats.started += 1
                     _count(method.stats, ended)
             if _log.isEnabledFor(logging.DEBUG):
                 _log_call(ended, 0)
