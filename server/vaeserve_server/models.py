@@ -104,6 +104,8 @@ class Models:
 
     def _unloaded(self, engine: Engine) -> None:
         self._retired.discard(engine)
+        if self._reloader is not None:
+            self._reloader.tidy()
         _log.info("model unloaded", extra={"fields": {"model": engine.label, "digest": engine.card.digest}})
 
 

@@ -11,6 +11,7 @@ import logging
 from collections.abc import Callable
 from threading import Event, Thread
 
+from vaeserve_server import memory
 from vaeserve_server.errors import StartError
 from vaeserve_server.loader import Loader
 from vaeserve_server.repository import Repository
@@ -36,6 +37,7 @@ class Reloader:
         self._loop = asyncio.get_running_loop()
         self._wake = Event()
         self._asked = False
+        self._untidy = False
         self._closed = False
         self._trouble = ""
         self._thread = Thread(target=self._live, name="reload", daemon=True)
@@ -49,6 +51,11 @@ class Reloader:
         self._asked = True
         self._wake.set()
 
+    def tidy(self) -> None:
+        """Have what an unloaded model took given back to the system."""
+        self._untidy = True
+        self._wake.set()
+
     async def close(self) -> None:
         """Change nothing from now on, and wait a moment for a load that is under way."""
         self._closed = True
@@ -58,12 +65,16 @@ class Reloader:
 
     def _live(self) -> None:
         while True:
-            self._wake.wait(self._interval_s)
+            woken = self._wake.wait(self._interval_s)
             self._wake.clear()
             if self._closed:
                 return
+            if self._untidy:
+                self._untidy = False
+                memory.give_back()
             asked, self._asked = self._asked, False
-            self._look(asked=asked)
+            if asked or not woken:
+                self._look(asked=asked)
 
     def _look(self, *, asked: bool) -> None:
         refusals = self._loader.refusals

@@ -61,9 +61,8 @@ class SoakServer:
         return read(url)
 
     def kill_one(self) -> None:
-        """Kill a worker, and wait for the one in its place."""
-        alive = self.serving()
-        os.kill(alive[self.kills % len(alive)], signal.SIGKILL)
+        """Kill the youngest worker, and wait for the one in its place; the oldest lives through it all."""
+        os.kill(self.serving()[-1], signal.SIGKILL)
         self.kills += 1
         self._until(lambda: len(self.serving()) == self._workers and self._restarts() == self.kills)
 

@@ -39,15 +39,16 @@ def figures(pid: int | str) -> Figures:
 def growth(samples: Sequence[Sample], rest: Figures) -> list[str]:
     """Return what has grown in a process, given its samples under load and its figures when the load was over.
 
-    Memory is held against that of the second fifth of its life, as medians; descriptors and threads of the process at
-    rest against those it had under load early on.
+    Memory of the last fifth of its life is held against that of the middle, as medians: until then a runtime's pools
+    grow to what random sizes need. Descriptors and threads at rest are held against those under load early on.
     """
     life_s = samples[-1].time_s - samples[0].time_s
     fifth = max(1, len(samples) // 5)
-    early, late = [[sample.figures for sample in part] for part in (samples[fifth : 2 * fifth], samples[-fifth:])]
+    parts = samples[fifth : 2 * fifth], samples[2 * fifth : -2 * fifth] or samples, samples[-fifth:]
+    early, middle, late = [[sample.figures for sample in part] for part in parts]
     problems = []
     if life_s >= STEADY_S:
-        before, after = (statistics.median(each.memory_mb for each in part) for part in (early, late))
+        before, after = (statistics.median(each.memory_mb for each in part) for part in (middle, late))
         if after > before * (1 + _MEMORY_SHARE) + _MEMORY_MB:
             problems.append(f"memory grew from {before:.0f} to {after:.0f} MB")
     for name, slack in (("descriptors", _DESCRIPTORS), ("threads", _THREADS)):
