@@ -10,9 +10,11 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from multiprocessing import resource_tracker
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from types import TracebackType
@@ -62,9 +64,10 @@ class Workshop:
                 initializer=_start_worker,
                 initargs=(lab.scale, lab.data, lab.out, lab.device),
             )
-            for key, task in tasks.items():
-                self._futures[key] = self._pool.submit(_train, task)
-                self._futures[key].add_done_callback(self._count(task))
+            with _interrupts_for_the_parent_alone():
+                for key, task in tasks.items():
+                    self._futures[key] = self._pool.submit(_train, task)
+                    self._futures[key].add_done_callback(self._count(task))
             self._processes = [process for process in multiprocessing.active_children() if process not in others]
 
     def __enter__(self) -> Self:
@@ -129,8 +132,22 @@ def training_steps(lab: Lab, task: Spec | str) -> int:
     return lenet.total_steps(lab.scale.train_images, lab.scale.classifier_epochs)
 
 
+@contextmanager
+def _interrupts_for_the_parent_alone() -> Iterator[None]:
+    """Ctrl-C reaches all processes. Those started here inherit that it is held back; the parent gets it afterwards."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    resource_tracker.ensure_running()  # which would let it through again
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _start_worker(scale: Scale, data: ImageData, out: Path, device: str) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the parent then ends its workers
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends its workers
     threading.Thread(target=_end_with_the_parent, daemon=True).start()
     _in_worker.append(Lab(scale, data, out, device))
 
