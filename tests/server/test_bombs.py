@@ -9,6 +9,7 @@ from pathlib import Path
 import grpc
 import pytest
 
+import serving
 from http2 import Connection, frame
 from served import Served, has_envoy
 
@@ -18,7 +19,10 @@ EXHAUSTED = str(grpc.StatusCode.RESOURCE_EXHAUSTED.value[0])
 LIMIT_MIB = 32  # the default of --max-message-bytes
 GIB = 2**30
 
-pytestmark = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")
+pytestmark = [
+    pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc"),
+    pytest.mark.skipif(serving.default_transport != "grpc", reason="takes both transports by itself"),
+]
 
 
 @pytest.fixture(scope="module", params=["grpc", "envoy"])

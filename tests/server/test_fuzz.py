@@ -9,10 +9,16 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2
 
+import serving
 from fuzzing import MALFORMED, WELL_FORMED, Case, FuzzError, Rpc, Tally, fuzz, memory, outcome, serve, table
 from served import has_envoy
 
 CASES = 1200
+
+pytestmark = [
+    pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc"),
+    pytest.mark.skipif(serving.default_transport != "grpc", reason="takes both transports by itself"),
+]
 
 
 def run(models: Path, transport: str) -> Tally:

@@ -23,8 +23,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
+import refusals
 from bundles import ENCODER, decoder, encoder, model, read_card, run_directly, write_bundle, write_card
-from refusals import refusal
 from serving import running_server
 from vaeserve import tensors
 from vaeserve.v1 import vae_pb2 as pb
@@ -35,6 +35,7 @@ from vaeserve_server.errors import BundleError
 
 IMAGE, LATENT = (1, 4, 4), (3,)
 MIB = 2**20
+refusal = functools.partial(refusals.refusal, transport="grpc")  # what is read does not know what carries it
 
 
 @pytest.fixture
@@ -55,7 +56,7 @@ def publish(models: Path, version: str = "1", **options: Any) -> Path:
 def test_a_version_folder_of_another_name_is_left_alone(models: Path, name: str) -> None:
     publish(models).rename(models / "mnist" / name)
     publish(models)
-    with running_server(models) as server, grpc.insecure_channel(server.target) as channel:
+    with running_server(models, transport="grpc") as server, grpc.insecure_channel(server.target) as channel:
         served = vae_pb2_grpc.VaeServiceStub(channel).ListModels(pb.ListModelsRequest()).models
     assert [one.card.version for one in served] == ["1"]
 
