@@ -2,6 +2,7 @@
 
     make overload                                    a minute of 3 times capacity, behind grpcio
     make overload ARGS="--transport envoy"           the same behind Envoy
+    make overload ARGS="--lorises 1000"              with a thousand connections that only keep the server waiting
     make overload ARGS="--seconds 5 --times 5 --verb encode --rows 1"
 
 Capacity and the times under full load are measured first, with as many calls under way as the queue holds: the most
@@ -18,6 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import lorises
 from bed import ENVOY, GRPC, Bed, Effort
 from children import BenchError, worker
 from traffic import VERBS, find_model
@@ -67,6 +69,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--rows", type=int, default=64, help="rows in one call (default: 64)")
     add("--queue-rows", type=int, default=1024, help="the server's --max-queue-rows (default: 1024)")
     add("--max-calls", type=int, default=256, help="the server's --max-calls (default: 256)")
+    add("--lorises", type=int, default=0, help="connections that send a byte now and then, all the while (default: 0)")
     add("--p99-ratio", type=float, default=2.0, help="bound: p99 of accepted calls to that of full load (default: 2)")
     add("--refused-ms", type=float, default=20.0, help="bound: p99 of refused calls (default: 20)")
     add("--memory-ratio", type=float, default=1.1, help="bound: memory, second half to first (default: 1.1)")
@@ -83,7 +86,8 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         flags = [f"--max-queue-rows={options.queue_rows}", f"--max-calls={options.max_calls}"]
         server = bed.serve(options.transport, *flags)
         sent = bed.verified(server, verb, options.rows)
-        with worker("overload_load.py", Path(name) / "load.log", *bed.load_core) as load:
+        load = worker("overload_load.py", Path(name) / "load.log", *bed.load_core)
+        with load, lorises.crowd(server.port, options.lorises) as crowd:
             answer: dict[str, Any] = load.ask(
                 do="overload",
                 port=server.port,
@@ -98,6 +102,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
                 seconds=options.seconds,
                 recovered=options.recovered,
             )
+            answer["lorises_left"] = crowd.left()
     return answer
 
 
@@ -139,6 +144,8 @@ def table(options: argparse.Namespace, seen: dict[str, Any]) -> list[Row]:
     is_back = 0 <= back_s <= options.recovery_s
     words = f"after {back_s:.1f} s" if back_s >= 0 else "never while it was watched"
     rows.append(Row(f"{options.recovered:.0%} of the capacity is back", words, f"<= {options.recovery_s:g} s", is_back))
+    if options.lorises:
+        rows.append(Row("slow connections", f"{options.lorises} opened, {seen['lorises_left']} held to the end"))
     late = seen["late_ms"]["p99"]
     rows.append(Row("the load itself", f"p99 {late:.1f} ms late, {seen['cpu_share']:.0%} of a core"))
     return rows
