@@ -17,7 +17,7 @@ from vaeserve_server.connections import HANDSHAKE_S, MAX_STREAMS, ConnectionLimi
 _TYPES = "type.googleapis.com/envoy.extensions"
 _LIMIT_FILTER = "envoy.filters.http.adaptive_concurrency"
 _OVERLOADED = 503
-_FLUSH_S = 60.0
+_QUIET_S = 300.0
 _FIXED_S = "3600s"
 
 
@@ -41,7 +41,7 @@ def connection_manager(limits: ConnectionLimits, max_calls: int) -> dict[str, An
         "http2_protocol_options": http2,
         "common_http_protocol_options": common,
         "request_headers_timeout": _seconds(HANDSHAKE_S),
-        "stream_flush_timeout": _seconds(_FLUSH_S),  # for an answer that its caller does not take
+        "stream_idle_timeout": _seconds(_QUIET_S),  # for a request that is never sent and an answer never taken
         "route_config": {"virtual_hosts": [{"name": "grpc", "domains": ["*"], "routes": _routes()}]},
         "local_reply_config": {"mappers": [_refusal(max_calls)]},
     }
