@@ -44,8 +44,8 @@ def growth(samples: Sequence[Sample], rest: Figures) -> list[str]:
     """
     life_s = samples[-1].time_s - samples[0].time_s
     fifth = max(1, len(samples) // 5)
-    parts = samples[fifth : 2 * fifth], samples[2 * fifth : -2 * fifth] or samples, samples[-fifth:]
-    early, middle, late = [[sample.figures for sample in part] for part in parts]
+    parts = samples[fifth : 2 * fifth], samples[2 * fifth : -2 * fifth], samples[-fifth:]
+    early, middle, late = [[sample.figures for sample in part or samples] for part in parts]
     problems = []
     if life_s >= STEADY_S:
         before, after = (statistics.median(each.memory_mb for each in part) for part in (middle, late))

@@ -349,7 +349,7 @@ def test_the_command_runs_the_named_steps(tmp_path, capsys, monkeypatch):
 
 
 def test_the_command_names_steps_that_do_not_exist(capsys):
-    assert main(["ladder", "--steps", "1,12"]) == 1
+    assert main(["ladder", "--steps", "1,12"]) == 2
     assert "steps" in capsys.readouterr().err
 
 
