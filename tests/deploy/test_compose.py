@@ -302,7 +302,8 @@ def test_build_context_holds_sources_and_nothing_else(tmp_path: Path) -> None:
         "LICENSE", "README.md", "client", "constraints.txt", "pyproject.toml", "server", "training",
     }  # fmt: skip
     packages = {"vaeserve", "vaeserve_server", "vaeserve_training", "train-once.sh"}
-    assert {file.parts[1] for file in files if len(file.parts) > 1} == packages
+    hashes = {"requirements.txt", *(file.name for file in (REPOSITORY / "server").glob("requirements-*.txt"))}
+    assert {file.parts[1] for file in files if len(file.parts) > 1} == packages | hashes
     assert not any("__pycache__" in file.parts for file in files)
 
 
