@@ -7,6 +7,7 @@ answering costs, and a server with several times the calls that it can answer wo
 from __future__ import annotations
 
 import base64
+import math
 from typing import Any
 
 from google.protobuf.any_pb2 import Any as AnyMessage
@@ -113,4 +114,4 @@ def _refusal(max_calls: int) -> dict[str, Any]:
 
 
 def _seconds(seconds: float) -> str:
-    return f"{seconds:.3f}s"
+    return f"{math.ceil(1000 * seconds) / 1000:.3f}s"  # a little is not nothing, which would be none

@@ -20,6 +20,7 @@ Transport = Literal["grpc", "envoy"]
 Count = Annotated[int, Field(ge=1)]
 CountOrAuto = Annotated[int, Field(ge=0)]
 Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+_MOST = 1_000_000  # what every transport's numbers hold, in milliseconds too
 
 
 class Settings(BaseSettings):
@@ -96,20 +97,20 @@ class Settings(BaseSettings):
     """Most rows in one run of a graph. 0 is 64 on a CPU, 256 on a GPU."""
     max_queue_rows: Count = 8192
     """Most rows waiting for each graph; a call beyond is refused at once and told when to try again."""
-    max_calls: Count = 1024
+    max_calls: Annotated[int, Field(ge=1, le=_MOST)] = 1024
     """Most calls in hand at once; one beyond is refused before it is read."""
     watchdog_s: Seconds = 30.0
     """Longest time for one run of a graph. A model with a longer one is not served until it ends; 0 waits for ever."""
     batch_wait_us: Annotated[int, Field(ge=0, le=1_000_000)] = 0
     """Time that a call may wait for others to share its run. 0 never waits; the clock ticks in milliseconds."""
 
-    max_connections: CountOrAuto = 0
+    max_connections: Annotated[int, Field(ge=0, le=_MOST)] = 0
     """Most connections of each worker. 0 is what the limit of open files allows, at most 16384."""
-    idle_s: Seconds = 300.0
+    idle_s: Annotated[float, Field(ge=0, le=_MOST)] = 300.0
     """Time after which a connection without a call is closed; clients open another when they need it. 0 is never."""
-    connection_age_s: Seconds = 1800.0
+    connection_age_s: Annotated[float, Field(ge=0, le=_MOST)] = 1800.0
     """Time after which a connection is asked to go, so that clients spread anew over servers. 0 is never."""
-    keepalive_s: Seconds = 60.0
+    keepalive_s: Annotated[float, Field(ge=0, le=_MOST)] = 60.0
     """How often a quiet connection is asked whether anybody is there. Without an answer in as long again, at most 20 s,
     it is closed. 0 is never."""
 
