@@ -15,6 +15,7 @@ from PIL import Image
 from faulty_server import faulty_server
 from serving import running_server
 from vaeserve import Client, cli
+from vaeserve.errors import no_answer
 
 REAL = {"rtol": 1e-4, "atol": 1e-5}
 
@@ -227,6 +228,16 @@ def test_an_output_that_cannot_be_is_told_before_the_work(run, tmp_path, argumen
     (tmp_path / "dir.npy").mkdir()
     status, out, err = run(*(argument.format(tmp=tmp_path) for argument in arguments))
     assert (status, out, err) == (1, "", f"vaeserve: {words.format(tmp=tmp_path)}\n")
+
+
+def test_a_deadline_that_passed_names_the_flag(run, monkeypatch):
+    def pass_the_deadline(_client):
+        raise no_answer("here", 0.5)
+
+    monkeypatch.setattr(Client, "models", pass_the_deadline)
+    status, out, err = run("info")
+    assert (status, out) == (1, "")
+    assert err == "vaeserve: no answer from here within 0.5 s; give the call more time with --timeout\n"
 
 
 def test_a_server_that_is_not_there_is_one_line(run, tmp_path):

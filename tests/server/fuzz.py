@@ -9,6 +9,7 @@ wrongly, or memory that grew by a tenth.
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 import tempfile
 from pathlib import Path
@@ -25,6 +26,7 @@ def main() -> int:
     parser.add_argument("--transport", choices=["grpc", "envoy"], default="grpc")
     parser.add_argument("--seed", type=int, default=0, help="of the cases (default: %(default)s)")
     options = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # or the server would outlive its fuzzer
     with tempfile.TemporaryDirectory() as folder:
         models = write_several(Path(folder) / "models")
         with serve(models, options.transport) as served:
