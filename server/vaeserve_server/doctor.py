@@ -15,6 +15,7 @@ import sys
 import textwrap
 import time
 from collections.abc import Awaitable, Callable, Iterable
+from datetime import UTC, datetime
 from functools import partial
 from importlib import metadata
 from typing import TYPE_CHECKING
@@ -88,6 +89,7 @@ def main(arguments: list[str]) -> int:
             sys.stderr.write(f"vaeserve-server doctor: {error}\n")
             return 2
         logs.configure("text", "error")  # the rest is told here
+        _examine_access(screen, chosen)
         runtime = _examine_providers(screen, chosen)
         if runtime is not None:
             serve = shlex.join(["vaeserve-server", *arguments])
@@ -119,6 +121,29 @@ def _examine_packages(screen: Screen) -> bool:
         screen.problems.append(f"missing: {', '.join([*missing, *([] if runtimes else ['onnxruntime'])])}")
         screen.steps.append('pip install "vaeserve[server]", or "vaeserve[server-cpu]" where there is no GPU')
     return not missing and bool(runtimes)
+
+
+def _examine_access(screen: Screen, settings: Settings) -> None:
+    """Look at certificates and tokens, where there are any."""
+    from vaeserve_server import credentials, tls, tokens  # noqa: PLC0415
+    from vaeserve_server.errors import StartError  # noqa: PLC0415
+
+    lines = []
+    try:
+        if files := credentials.tls_files(settings):
+            not_after = tls.read(files).not_after
+            lines.append(f"{files.certificate}: goes with its key, expires {not_after:%Y-%m-%d %H:%M} UTC")
+            if files.client_ca:
+                lines.append(f"{files.client_ca}: vouches for clients")
+            if not_after < datetime.now(UTC):
+                screen.problems.append(f"{files.certificate} has expired")
+        if settings.tokens:
+            names = [token.name for token in tokens.read(settings.tokens).tokens]
+            lines.append(f"{settings.tokens}: {', '.join(names) or 'no tokens, so nobody may call'}")
+    except StartError as error:
+        screen.problems.append(str(error))
+    if lines:
+        screen.section("Who may call", lines)
 
 
 def _examine_providers(screen: Screen, settings: Settings) -> Runtime | None:

@@ -14,8 +14,9 @@ from typing import Any
 import pytest
 
 from bundles import write_bundle
+from certificates import Authority
 from test_lifecycle import ENVIRONMENT
-from vaeserve_server import doctor, gpu_facts, graphs, logs
+from vaeserve_server import doctor, gpu_facts, graphs, logs, tokens
 
 COMMAND = [sys.executable, "-m", "vaeserve_server", "doctor"]
 WITHOUT_GPU = {"CUDA_VISIBLE_DEVICES": ""}
@@ -74,6 +75,21 @@ def test_a_damaged_model_is_broken(tmp_path: Path) -> None:
     status, screen = examined(tmp_path)
     assert status == 1
     assert re.search(r"Broken\n  - models/mnist/1/decoder\.onnx: its SHA-256 is ", screen)
+
+
+def test_certificates_and_tokens_are_looked_at(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    authority = Authority(tmp_path)
+    certificate, key = authority.issue()
+    _, token = tokens.make("reader", ("*",), None)
+    (tmp_path / "tokens.json").write_text(tokens.TokenFile(tokens=(token,)).model_dump_json(exclude_none=True))
+    flags = ["--models", str(tmp_path / "none"), "--device", "cpu", "--tls-cert", str(certificate)]
+    assert doctor.main([*flags, "--tls-key", str(key), "--tokens", str(tmp_path / "tokens.json")]) == 0
+    screen = capsys.readouterr().out
+    assert f"{certificate}: goes with its key, expires " in screen
+    assert "tokens.json: reader\n" in screen
+    _, other_key = authority.issue("other")
+    assert doctor.main([*flags, "--tls-key", str(other_key)]) == 1
+    assert f"--tls-key {other_key}: it is not the key of the first certificate" in capsys.readouterr().out
 
 
 def test_a_gpu_that_was_asked_for_and_is_not_there_is_broken(tmp_path: Path) -> None:
