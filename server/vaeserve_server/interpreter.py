@@ -29,7 +29,7 @@ def tune() -> None:
 
 
 def run(main: Coroutine[Any, Any, None]) -> None:
-    """Run a server's life in an event loop: uvloop's where it is installed, for it takes no less than Python's own."""
+    """Run a server's life in an event loop: uvloop's where it is installed, which costs less."""
     tune()
     try:
         import uvloop  # noqa: PLC0415 - there is none for Windows
