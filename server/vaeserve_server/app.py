@@ -23,6 +23,7 @@ from vaeserve_server.metrics_http import MetricsEndpoint
 from vaeserve_server.models import Models
 from vaeserve_server.service import VaeService
 from vaeserve_server.settings import Settings
+from vaeserve_server.stats import MethodStats
 from vaeserve_server.transport_grpc import GrpcTransport
 
 if TYPE_CHECKING:
@@ -39,6 +40,9 @@ class Transport(Protocol):
 
     async def renew_tls(self) -> None:
         """Show new connections the certificate that is in the files now. For once, any number of times."""
+
+    def stats(self) -> list[MethodStats]:
+        """Return the counts of calls that it refused by itself. Once started, at any time and in other threads."""
 
     def refuse(self) -> None:
         """Take no more calls, and send clients elsewhere; what is in flight goes on."""
@@ -155,7 +159,7 @@ class Server:
     def _watch(self) -> None:
         settings = self.settings
         if settings.metrics:
-            metrics = Metrics(self._service, self._calls.stats(), self.models)
+            metrics = Metrics(self._service, lambda: self._calls.stats() + self._transport.stats(), self.models)
             self._metrics = MetricsEndpoint(settings.metrics_host, settings.metrics_port, metrics.text)
         if settings.traces:
             self._calls.tracer = self._tracer = _new_tracer()

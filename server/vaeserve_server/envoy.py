@@ -213,6 +213,7 @@ class Admin:
         self._socket = folder / _ADMIN_SOCKET
         self._files = files
         self._generation = 0
+        self._refused = 0
 
     async def wait_listening(self) -> int:
         """Wait until Envoy takes connections, and return its port; StartError if it does not come to it."""
@@ -256,6 +257,12 @@ class Admin:
                     await asyncio.sleep(_POLL_S)
         except TimeoutError:
             pass
+
+    def refused_calls(self) -> int:
+        """Return how many calls Envoy refused by itself; as last known if it does not say. Not on the event loop."""
+        with contextlib.suppress(OSError, ValueError, http.client.HTTPException):
+            self._refused = int(self._ask_and_wait("GET", "/stats?filter=\\.rq_blocked$").rpartition(": ")[2])
+        return self._refused
 
     async def quit(self) -> None:
         """Let Envoy end; it tells the application so first."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from importlib.metadata import version
 from math import inf
 from typing import Protocol
@@ -52,7 +52,7 @@ class Watch(Protocol):
 class Metrics(Collector):
     """Every figure of one server; to be made on its event loop."""
 
-    def __init__(self, service: VaeService, methods: Sequence[MethodStats], watch: Watch) -> None:
+    def __init__(self, service: VaeService, methods: Callable[[], Sequence[MethodStats]], watch: Watch) -> None:
         self._service = service
         self._methods = methods
         self._watch = watch
@@ -72,7 +72,7 @@ class Metrics(Collector):
     def collect(self) -> Iterator[Metric]:
         """Yield every metric with its values of now."""
         yield InfoMetricFamily("vaeserve_build", "Version of vaeserve.", {"version": version("vaeserve")})
-        yield from _calls(self._methods)
+        yield from _calls(self._methods())
         with contextlib.suppress(RuntimeError):  # tasks came and went faster than they could be counted
             tasks = len(asyncio.all_tasks(self._loop))
             yield GaugeMetricFamily("vaeserve_event_loop_tasks", "Tasks of the event loop now.", tasks)
@@ -87,7 +87,7 @@ def _calls(methods: Sequence[MethodStats]) -> Iterator[Metric]:
     calls = CounterMetricFamily("vaeserve_calls", "Finished calls by status code.", labels=["rpc", "code"])
     started = CounterMetricFamily("vaeserve_calls_started", "Calls that were taken in.", labels=["rpc"])
     in_flight = GaugeMetricFamily("vaeserve_calls_in_flight", "Calls that have not ended yet.", labels=["rpc"])
-    refused = CounterMetricFamily("vaeserve_refused", "Calls refused because the queue was full.", labels=["rpc"])
+    refused = CounterMetricFamily("vaeserve_refused", "Calls refused: full queue, or too many in hand.", labels=["rpc"])
     cancelled = CounterMetricFamily("vaeserve_cancelled", "Calls cancelled by the caller.", labels=["rpc"])
     expired = CounterMetricFamily("vaeserve_expired", "Calls whose deadline passed.", labels=["rpc"])
     duration = HistogramMetricFamily(

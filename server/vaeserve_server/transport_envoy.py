@@ -25,6 +25,7 @@ from google.rpc import code_pb2
 
 from vaeserve_server import grpc_wire, health, standard, status
 from vaeserve_server.calls import CallFailedError, Calls, Metadata
+from vaeserve_server.stats import MethodStats
 
 STREAM_ID_HEADER = "x-vaeserve-stream"
 
@@ -61,6 +62,9 @@ class Listener(Protocol):
     async def renew_tls(self) -> None:
         """Show new connections the certificate that is in the files now; TlsError if that cannot be."""
 
+    def refused_calls(self) -> int:
+        """Return how many calls it has refused by itself. Called in other threads."""
+
 
 class GoneError(Exception):
     """The caller is gone; nobody is left to answer."""
@@ -85,6 +89,12 @@ class EnvoyTransport:
     async def renew_tls(self) -> None:
         """Show new connections the certificate that is in the files now; TlsError if that cannot be."""
         await self._listener.renew_tls()
+
+    def stats(self) -> list[MethodStats]:
+        """Count the calls that Envoy refuses, of whatever RPC: they never come to `Calls`."""
+        refused = MethodStats("any")
+        refused.started = refused.refused = refused.codes[code_pb2.RESOURCE_EXHAUSTED] = self._listener.refused_calls()
+        return [refused]
 
     def refuse(self) -> None:
         """Take no more connections, and send clients elsewhere; what is in flight goes on."""

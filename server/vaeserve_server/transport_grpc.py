@@ -26,6 +26,7 @@ from vaeserve_server.connections import (
     ConnectionLimits,
 )
 from vaeserve_server.errors import ListenError
+from vaeserve_server.stats import MethodStats
 from vaeserve_server.tls import Tls
 
 _Context = grpc.aio.ServicerContext[Any, Any]
@@ -101,6 +102,10 @@ class GrpcTransport:
             ) from None
         await self._server.start()
         return bound_port
+
+    def stats(self) -> list[MethodStats]:
+        """Return nothing: it refuses no call but by `Calls`, which counts it."""
+        return []
 
     async def renew_tls(self) -> None:
         """Do nothing: every new connection asks for the certificate of now."""

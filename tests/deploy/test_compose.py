@@ -135,6 +135,7 @@ def project(wheels: Path) -> Iterator[Project]:
     finally:
         project.compose("down", "--volumes", "--rmi", "local", "--timeout", "40")
     assert project.volumes == []
+    assert docker("image", "ls", "--quiet", "--filter", f"reference={project.name}-*") == ""
 
 
 def test_training_shows_its_progress_and_publishes_one_model(project: Project) -> None:
@@ -277,6 +278,7 @@ def test_tls_profile_serves_who_has_a_token(project: Project, tmp_path: Path) ->
             client.encode(images)
     finally:
         encrypted.compose("--profile", "tls", "rm", "--stop", "--force", "server-tls")
+        docker("image", "rm", "--force", f"{project.name}-server-tls")  # `down` will not know of it
 
 
 def test_gpu_server_does_not_start_where_there_is_no_gpu(project: Project) -> None:

@@ -75,6 +75,11 @@ def test_profiles_never_start_two_servers() -> None:
     assert "COMPOSE_PROFILES=cpu" in (COMPOSE_FILE.parent / ".env").read_text().splitlines()
 
 
+def test_a_server_without_its_gpu_is_not_started_for_ever() -> None:
+    assert ALL["server-gpu"]["restart"] == "on-failure:3"
+    assert ALL["server"]["restart"] == "unless-stopped"
+
+
 def test_images_of_others_are_pinned() -> None:
     images = [service["image"] for service in ALL.values() if "image" in service]
     assert images

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+import metrics_page
 from bundles import ENCODER, slow_encoder, write_bundle
 from http2 import Connection, frame
 from serving import RunningServer, running_server
@@ -158,5 +159,7 @@ def test_calls_are_bounded_in_number_and_health_is_not(models: Path) -> None:
         with Client(server.target, max_attempts=1) as client, pytest.raises(ResourceExhausted) as refused:
             client.encode(images())
         assert refused.value.reason == "QUEUE_FULL"
+        page = metrics_page.scrape(server)
+        assert page("vaeserve_refused_total") == page("vaeserve_calls_total", code="RESOURCE_EXHAUSTED") == 2
         assert all(call.result().mean.shape == [1, 3] for call in held)
         assert stub.Encode(request()).mean.shape == [1, 3]
