@@ -69,6 +69,8 @@ def configuration(settings: Settings, folder: Path, ended_fd: int) -> dict[str, 
         "node": {"id": "vaeserve", "cluster": "vaeserve"},  # which Envoy's TLS insists on, although nobody reads it
         "admin": {"address": {"pipe": {"path": str(folder / _ADMIN_SOCKET), "mode": 0o600}}},
         "static_resources": {"listeners": [_listener(settings, folder, ended_fd)]},
+        # The allocator, here of the whole process, keeps what random batch sizes once needed unless it is told.
+        "memory_allocator_manager": {"bytes_to_release": 2**25, "memory_release_interval": "1s"},
         "overload_manager": envoy_limits.overload_manager(connections.limits_of(settings)),
         "layered_runtime": {
             "layers": [
