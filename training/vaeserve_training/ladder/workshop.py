@@ -78,12 +78,12 @@ class Workshop:
     ) -> None:
         if self._pool is None:
             return
-        self._pool.shutdown(wait=error is None, cancel_futures=True)
         if error is not None:  # a network that nobody waits for any more is not trained to its end
+            for future in self._futures.values():
+                future.cancel()
             for process in self._processes:
                 process.terminate()
-            for process in self._processes:
-                process.join()
+        self._pool.shutdown(cancel_futures=True)  # waits for the processes; two threads that join one take turns badly
 
     @property
     def busy(self) -> bool:
