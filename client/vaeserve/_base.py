@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from vaeserve.errors import (
 )
 
 
-class ClientBase:
+class ClientBase(ABC):
     """Settings, model cards and the cutting of rows into calls."""
 
     def __init__(
@@ -89,9 +90,9 @@ class ClientBase:
         self._closed = False
         self._open()
 
+    @abstractmethod
     def _open(self) -> None:
         """Make ready to connect; the clients differ in how."""
-        raise NotImplementedError
 
     @property
     def target(self) -> str:

@@ -5,8 +5,7 @@ Runtime spells as a file name) would run unverified data. A graph is data, too, 
 may ask for: one of another domain is code that somebody registered, some of which opens files by itself. And a sparse
 tensor of a few bytes may claim terabytes. No exporter here makes any of these.
 
-The server does not install `onnx`; this walks the protobuf wire format (protobuf.dev/programming-guides/encoding) down
-the few fields of onnx.proto that matter.
+The server does not install `onnx`; this walks the protobuf wire format down the few fields of onnx.proto that matter.
 """
 
 from __future__ import annotations
@@ -14,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from vaeserve_server.errors import shown
+from vaeserve_server.protobuf_wire import FIXED_BYTES, LENGTH, VARINT, WireError, read_varint
 
 # Message -> field number -> message it holds. Field numbers are onnx.proto's.
 _CHILDREN = {
@@ -33,7 +33,6 @@ _WHOLE = {
 _TENSOR_NAME, _TENSOR_EXTERNAL_DATA, _TENSOR_DATA_LOCATION = 8, 13, 14
 _NODE_OPERATOR, _NODE_DOMAIN = 4, 7
 _OWN_DOMAINS = {"", "ai.onnx"}
-_VARINT, _FIXED64, _LENGTH, _FIXED32 = 0, 1, 2, 5
 _MAX_DEPTH = 64
 
 
@@ -46,6 +45,8 @@ def problem(graph: bytes) -> str | None:
         return _search(memoryview(graph), "Model", 0)
     except IndexError:
         raise ValueError("it is cut short") from None
+    except WireError:
+        raise ValueError("it is no ONNX file") from None
 
 
 def _search(message: memoryview, kind: str, depth: int) -> str | None:
@@ -97,31 +98,18 @@ def _fields(message: memoryview) -> Iterator[tuple[int, int | memoryview]]:
     """Yield (field number, varint or bytes) of each field of one message; fixed-width fields are passed over."""
     position = 0
     while position < len(message):
-        key, position = _varint(message, position)
+        key, position = read_varint(message, position)
         wire_type = key & 7
-        if wire_type == _VARINT:
-            value, position = _varint(message, position)
+        if wire_type == VARINT:
+            value, position = read_varint(message, position)
             yield key >> 3, value
-        elif wire_type == _LENGTH:
-            length, position = _varint(message, position)
+        elif wire_type == LENGTH:
+            length, position = read_varint(message, position)
             if length > len(message) - position:
                 raise ValueError("it is cut short")
             yield key >> 3, message[position : position + length]
             position += length
-        elif wire_type in {_FIXED64, _FIXED32}:
-            position += 8 if wire_type == _FIXED64 else 4
+        elif wire_type in FIXED_BYTES:
+            position += FIXED_BYTES[wire_type]
         else:
-            raise ValueError("it is no ONNX file")
-
-
-def _varint(message: memoryview, position: int) -> tuple[int, int]:
-    value = shift = 0
-    while True:
-        byte = message[position]
-        position += 1
-        value |= (byte & 0x7F) << shift
-        if byte < 0x80:
-            return value, position
-        shift += 7
-        if shift >= 70:  # ten bytes hold 64 bits
-            raise ValueError("it is no ONNX file")
+            raise WireError

@@ -11,7 +11,7 @@ from tritonclient.grpc import service_pb2 as pb
 from vaeserve import tensors
 from vaeserve_server.checks import Array
 from vaeserve_server.errors import InvalidInputError, NotOfferedError, shown
-from vaeserve_server.oip_wire import varint
+from vaeserve_server.protobuf_wire import varint
 from vaeserve_server.work import FLOAT16, FLOAT32, UINT8, DType
 
 _INTEGERS = {"UINT8": "u1", "UINT16": "<u2", "UINT32": "<u4", "UINT64": "<u8"} | {

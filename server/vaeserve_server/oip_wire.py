@@ -10,6 +10,7 @@ from google.protobuf.message import DecodeError
 from tritonclient.grpc import service_pb2 as pb
 
 from vaeserve_server.errors import InvalidInputError
+from vaeserve_server.protobuf_wire import FIXED_BYTES, LENGTH, VARINT, WireError, read_varint
 
 MAX_FIELDS = 1024
 MAX_OTHER_BYTES = 2**20
@@ -24,8 +25,6 @@ _TENSORS = {
     (_REQUEST, pb.ModelInferRequest.RAW_INPUT_CONTENTS_FIELD_NUMBER),
     (_CONTENTS, pb.InferTensorContents.FP32_CONTENTS_FIELD_NUMBER),
 }
-_VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
-_FIXED_BYTES = {_FIXED64: 8, _FIXED32: 4}
 
 
 def check(payload: bytes) -> None:
@@ -36,6 +35,8 @@ def check(payload: bytes) -> None:
         other_bytes = len(payload) - _tensor_bytes(payload)
     except IndexError:
         raise DecodeError("the message ends too early") from None
+    except WireError as error:
+        raise DecodeError(str(error)) from None
     if other_bytes > MAX_OTHER_BYTES:
         raise InvalidInputError(
             "",
@@ -53,44 +54,21 @@ def _tensor_bytes(payload: bytes) -> int:
             fields += 1
             if fields > MAX_FIELDS:
                 raise InvalidInputError("", f"the request has more than {MAX_FIELDS} fields in its tensors")
-            tag, at = _varint(payload, at)
+            tag, at = read_varint(payload, at)
             number, wire_type = tag >> 3, tag & 7
-            if wire_type == _BYTES:
-                length, at = _varint(payload, at)
+            if wire_type == LENGTH:
+                length, at = read_varint(payload, at)
                 if (message, number) in _TENSORS:
                     tensor_bytes += length
                 elif number == _INSIDE.get(message):
                     messages.append((message + 1, at, at + length))
                 at += length
-            elif wire_type == _VARINT:
-                _, at = _varint(payload, at)
-            elif wire_type in _FIXED_BYTES:
-                at += _FIXED_BYTES[wire_type]
+            elif wire_type == VARINT:
+                _, at = read_varint(payload, at)
+            elif wire_type in FIXED_BYTES:
+                at += FIXED_BYTES[wire_type]
             else:
                 raise DecodeError("groups are not taken")
         if at != end:
             raise DecodeError("a field ends outside its message")
     return tensor_bytes
-
-
-def _varint(payload: bytes, at: int) -> tuple[int, int]:
-    """Return the number at `at`, and where it ends."""
-    value = shift = 0
-    while True:
-        byte = payload[at]
-        at += 1
-        value |= (byte & 0x7F) << shift
-        if byte < 0x80:
-            return value, at
-        shift += 7
-        if shift > 63:
-            raise DecodeError("a number has no end")
-
-
-def varint(value: int) -> bytes:
-    """Return a number as it stands on the wire."""
-    encoded = bytearray()
-    while value > 0x7F:
-        encoded.append(value & 0x7F | 0x80)
-        value >>= 7
-    return bytes([*encoded, value])

@@ -78,6 +78,14 @@ def write_several(models_dir: Path) -> Path:
     return models_dir
 
 
+def write_quick_and_slow(folder: Path, image_shape: Sequence[int], latent_shape: Sequence[int]) -> Path:
+    """Write quick/1, and slow/1 with `slow_encoder`; return the folder."""
+    write_bundle(folder, "quick", image_shape=image_shape, latent_shape=latent_shape)
+    graphs = {ENCODER: slow_encoder(image_shape, latent_shape)}
+    write_bundle(folder, "slow", image_shape=image_shape, latent_shape=latent_shape, graphs=graphs)
+    return folder
+
+
 def read_card(folder: Path) -> vae_pb2.ModelCard:
     """Return the card of a bundle."""
     return json_format.Parse((folder / "model.json").read_text(), vae_pb2.ModelCard())

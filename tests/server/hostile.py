@@ -16,6 +16,8 @@ from google.protobuf.descriptor import FieldDescriptor
 from google.protobuf.message import Message
 from hypothesis import strategies as st
 
+from vaeserve_server.protobuf_wire import varint
+
 _MAX_DEPTH = 6
 _RANGES = {
     FieldDescriptor.CPPTYPE_INT32: (-(2**31), 2**31 - 1),
@@ -215,12 +217,3 @@ def _pretend(work: bytearray, _source: random.Random) -> None:
 
 
 _MUTATIONS: list[Mutation] = [_flip] * 4 + [_set] * 4 + [_insert, _lose, _truncate, _double, _lie, _nest, _pretend]
-
-
-def varint(value: int) -> bytes:
-    """Return `value` >= 0 as protobuf writes it."""
-    encoded = bytearray()
-    while value > 0x7F:
-        encoded.append(value & 0x7F | 0x80)
-        value >>= 7
-    return bytes([*encoded, value])

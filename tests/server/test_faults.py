@@ -19,7 +19,7 @@ import pytest
 
 import processes
 import serving
-from bundles import ENCODER, run_directly, slow_encoder, write_bundle
+from bundles import ENCODER, run_directly, write_quick_and_slow
 from metrics_page import read
 from processes import COMMAND, Process, server_process
 from vaeserve import Client, errors, tensors
@@ -33,11 +33,7 @@ LIBRARIES = list(Path("/usr/lib").glob("*/faketime/libfaketimeMT.so.1"))  # Debi
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("models")
-    write_bundle(folder, "quick", image_shape=IMAGE, latent_shape=LATENT)
-    graphs = {ENCODER: slow_encoder(IMAGE, LATENT)}
-    write_bundle(folder, "slow", image_shape=IMAGE, latent_shape=LATENT, graphs=graphs)
-    return folder
+    return write_quick_and_slow(tmp_path_factory.mktemp("models"), IMAGE, LATENT)
 
 
 def test_a_server_killed_under_load_and_started_again_on_its_port_is_found_by_its_clients(models: Path) -> None:

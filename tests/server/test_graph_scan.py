@@ -14,6 +14,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from bundles import encoder
 from vaeserve_server.graph_scan import problem
+from vaeserve_server.protobuf_wire import varint
 
 SOUND = encoder((1, 4, 4), (3,))
 
@@ -134,19 +135,11 @@ def test_endless_nesting_is_refused() -> None:
     data = b""
     for _ in range(200):
         for tag in (0x32, 0x2A, 0x0A):  # Attribute.g, Node.attribute, Graph.node
-            data = bytes([tag]) + _varint(len(data)) + data
+            data = bytes([tag]) + varint(len(data)) + data
     with pytest.raises(ValueError, match="nests deeper"):
-        problem(b"\x3a" + _varint(len(data)) + data)
+        problem(b"\x3a" + varint(len(data)) + data)
 
 
 def _search(data: bytes) -> None:
     with contextlib.suppress(ValueError):
         problem(data)
-
-
-def _varint(value: int) -> bytes:
-    encoded = bytearray()
-    while value > 0x7F:
-        encoded.append(value & 0x7F | 0x80)
-        value >>= 7
-    return bytes([*encoded, value])

@@ -16,7 +16,7 @@ from google.protobuf.message import DecodeError
 from tritonclient.grpc import service_pb2
 
 from oip_calls import add, arrays, request
-from vaeserve_server import oip_tensors, oip_wire
+from vaeserve_server import oip_tensors, oip_wire, protobuf_wire
 from vaeserve_server.errors import InvalidInputError
 
 DTYPES = {"FP32": np.dtype("<f4"), "UINT8": np.dtype("u1"), "FP16": np.dtype("<f2"), "UINT64": np.dtype("<u8")}
@@ -37,7 +37,7 @@ def read(made: Any) -> dict[str, np.ndarray]:
 
 
 def field(number: int, content: bytes) -> bytes:
-    return oip_wire.varint(number << 3 | 2) + oip_wire.varint(len(content)) + content
+    return protobuf_wire.varint(number << 3 | 2) + protobuf_wire.varint(len(content)) + content
 
 
 def same_bits(ours: np.ndarray, theirs: np.ndarray) -> bool:
@@ -149,4 +149,4 @@ def test_what_is_no_message_is_told_apart(payload: bytes) -> None:
 @given(st.integers(0, 2**64 - 1))
 def test_numbers_are_written_as_protobuf_writes_them(value: int) -> None:
     packed = service_pb2.InferTensorContents(uint64_contents=[value]).SerializeToString()
-    assert oip_wire.varint(value) == packed[2:]
+    assert protobuf_wire.varint(value) == packed[2:]

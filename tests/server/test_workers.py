@@ -19,7 +19,7 @@ import grpc
 import numpy as np
 import pytest
 
-from bundles import ENCODER, run_directly, slow_encoder, write_bundle
+from bundles import ENCODER, run_directly, write_quick_and_slow
 from metrics_page import read_until
 from vaeserve import AsyncClient, Client, tensors
 from vaeserve.v1 import vae_pb2 as pb
@@ -37,11 +37,7 @@ LIMIT_S = 90.0
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("models")
-    write_bundle(folder, "quick", image_shape=IMAGE, latent_shape=LATENT)
-    graphs = {ENCODER: slow_encoder(IMAGE, LATENT)}
-    write_bundle(folder, "slow", image_shape=IMAGE, latent_shape=LATENT, graphs=graphs)
-    return folder
+    return write_quick_and_slow(tmp_path_factory.mktemp("models"), IMAGE, LATENT)
 
 
 class Supervised:
