@@ -5,8 +5,9 @@ of what it costs behind grpcio. Three things differ from ASGI's book, and this f
 
 - `receive()` does not wait for a disconnect once the request is complete. Envoy writes the id of each stream that ended
   before its answer to a pipe (its access log), and reading one cancels that call.
-- `send()` acts when it is called; awaiting what it returns never suspends. So a status can still be sent by a task that
-  is being cancelled.
+- `send()` acts when it is called, so a status can still be sent by a task that is being cancelled. Awaiting what it
+  returns suspends only after a part of an answer with more to come, on a future that pyvoy completes, whether or not
+  somebody still waits for it.
 - A `receive()` that was cancelled is complained of when its stream ends; `quiet_loop_errors` drops that complaint.
 """
 
@@ -41,8 +42,7 @@ _CONTENT_TYPES = {b"application/grpc", b"application/grpc+proto"}
 _EXPIRED = status.Status(code_pb2.DEADLINE_EXCEEDED, "Deadline Exceeded", ())
 _LAST_BYTES_S = 1.0
 _READ_BYTES = 65536
-# How the event loop words what pyvoy asks of it: by the name of pyvoy's function, or straight to the future.
-_PYVOY = ("_pyvoy.asgi", "built-in method set_exception of _asyncio.Future")
+_PYVOY = "_pyvoy.asgi"  # in the name by which the event loop calls what pyvoy has it run
 
 _log = logging.getLogger(__name__)
 
@@ -256,8 +256,7 @@ class Stream:
         await self._send(_START)
         self._started = True
         async for response in responses:
-            body = grpc_wire.frame(handler.response_serializer(response))
-            await self._send({"type": "http.response.body", "body": body, "more_body": True})
+            await self._send_part(grpc_wire.frame(handler.response_serializer(response)))
         await self._send({"type": "http.response.body", "body": b""})
         await self._send(_OK)
 
@@ -275,6 +274,12 @@ class Stream:
         """Answer what is no gRPC call."""
         self._send({"type": "http.response.start", "status": http_status, "headers": []})
         self._send({"type": "http.response.body", "body": b""})
+
+    async def _send_part(self, body: bytes) -> None:
+        sending = asyncio.ensure_future(self._send({"type": "http.response.body", "body": body, "more_body": True}))
+        # pyvoy could not complete it if this task, when it is cancelled, took it along; so nobody may be left to look.
+        sending.add_done_callback(lambda done: done.cancelled() or done.exception())
+        await asyncio.shield(sending)
 
     async def _chunk(self) -> tuple[bytes, bool]:
         event = await self._receive()
@@ -318,8 +323,7 @@ class _EndedReader:
 
 def quiet_loop_errors(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
     """Handle the event loop's errors, save pyvoy's complaint that the caller of a cancelled receive() is gone."""
-    message = context["message"]
-    if isinstance(context.get("exception"), asyncio.InvalidStateError) and any(map(message.__contains__, _PYVOY)):
+    if isinstance(context.get("exception"), asyncio.InvalidStateError) and _PYVOY in context["message"]:
         return
     loop.default_exception_handler(context)
 

@@ -182,6 +182,19 @@ def test_watchers_that_leave_are_forgotten(server: EnvoyServer) -> None:
     server.until(lambda state: state.streams == 0)
 
 
+def test_watchers_that_leave_while_they_are_answered_leave_no_complaint(models: Path) -> None:
+    with envoy_server(models) as server:
+        with grpc.insecure_channel(server.target) as channel:
+            watch = health_pb2_grpc.HealthStub(channel).Watch
+            for _ in range(20):
+                streams = [watch(Check()) for _ in range(20)]
+                assert next(streams[0]).status == Answer.SERVING  # so others have theirs, or are about to
+                for stream in streams:
+                    stream.cancel()
+        server.until(lambda state: state.streams == 0)
+        assert "Traceback" not in server.log()
+
+
 def test_ending_in_the_midst_of_cancelled_uploads_leaves_no_complaint(models: Path) -> None:
     with envoy_server(models) as server:
         connections = [Connection(server.target) for _ in range(5)]
