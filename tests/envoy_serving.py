@@ -16,6 +16,7 @@ from typing import IO, Any
 
 import grpc
 
+import child_log
 from vaeserve_server.errors import StartError
 from vaeserve_server.settings import Settings
 
@@ -57,8 +58,7 @@ class EnvoyServer:
 
     def log(self) -> str:
         """Return what the process wrote to standard error so far."""
-        self._log.seek(0)
-        return self._log.read()
+        return child_log.read(self._log)
 
     def stop(self) -> None:
         """Drain it, and see that it ended well."""

@@ -13,6 +13,8 @@ from typing import Self
 
 import grpc
 
+import child_log
+
 _LIMIT_S = 60.0
 
 
@@ -60,8 +62,7 @@ class Served:
 
     def log(self) -> str:
         """Return what the process wrote to standard error so far."""
-        self._log.seek(0)
-        return self._log.read()
+        return child_log.read(self._log)
 
     def resident_mib(self) -> float:
         """Return the memory that the process holds now."""
