@@ -49,11 +49,22 @@ def numpy_dtype(wire_dtype: int) -> np.dtype[np.generic]:
 
 def to_tensor(array: NDArray[np.generic]) -> vae_pb2.Tensor:
     """Return `array` (float32, uint8 or float16, any shape and memory layout) as a message; TypeError otherwise."""
-    wire_dtype = _WIRE_DTYPES.get(array.dtype.newbyteorder("<"))
+    tensor = vae_pb2.Tensor()
+    write_tensor(array, tensor)
+    return tensor
+
+
+def write_tensor(array: NDArray[np.generic], tensor: vae_pb2.Tensor) -> None:
+    """Write `array` into an empty message, as `to_tensor` does: in place where it belongs, it is not copied again."""
+    wire_dtype = _WIRE_DTYPES.get(array.dtype)
     if wire_dtype is None:
-        raise TypeError(f"an array of {array.dtype} has no wire type; use float32, uint8 or float16")
-    contiguous = np.ascontiguousarray(array, dtype=_NUMPY_DTYPES[wire_dtype])
-    return vae_pb2.Tensor(dtype=wire_dtype, shape=array.shape, data=contiguous.tobytes())
+        wire_dtype = _WIRE_DTYPES.get(array.dtype.newbyteorder("<"))
+        if wire_dtype is None:
+            raise TypeError(f"an array of {array.dtype} has no wire type; use float32, uint8 or float16")
+        array = array.astype(_NUMPY_DTYPES[wire_dtype])
+    tensor.dtype = wire_dtype
+    tensor.shape.extend(array.shape)
+    tensor.data = array.tobytes()
 
 
 def from_tensor(tensor: vae_pb2.Tensor) -> NDArray[np.generic]:
@@ -62,14 +73,14 @@ def from_tensor(tensor: vae_pb2.Tensor) -> NDArray[np.generic]:
     Raises TensorError if dtype is unknown, an axis is negative, there are more than MAX_RANK axes, or the data is not
     exactly product(shape) * size(dtype) bytes long. Never allocates: a huge shape with little data is refused.
     """
-    return from_bytes(tensor.data, numpy_dtype(tensor.dtype), tuple(tensor.shape))
+    return from_bytes(tensor.data, numpy_dtype(tensor.dtype), tuple(tensor.shape[:]))
 
 
 def from_bytes(data: bytes, dtype: np.dtype[np.generic], shape: tuple[int, ...]) -> NDArray[np.generic]:
     """Return `data` as a read-only array that shares its bytes; TensorError as from `from_tensor`."""
     if len(shape) > MAX_RANK:
         raise TensorError("shape", f"shape has {len(shape)} axes; at most {MAX_RANK} are allowed")
-    if any(length < 0 for length in shape):
+    if shape and min(shape) < 0:
         raise TensorError("shape", f"shape {shape} has a negative axis")
     expected_bytes = math.prod(shape) * dtype.itemsize  # Python integers: no overflow
     if expected_bytes > _MOST_BYTES:  # no data could be right, so the data are not to blame

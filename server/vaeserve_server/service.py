@@ -56,25 +56,24 @@ class VaeService:
         """Images -> posterior mean and standard deviation, and latents where they are wanted."""
         engine = self._engine(request.model)
         images, ref = _array(request, "images"), self._refs[engine]
-        if not request.want_latents:
-            mean, stddev = await engine.encode(images, None, deadline)
-            return vae_pb2.EncodeResponse(model=ref, mean=tensors.to_tensor(mean), stddev=tensors.to_tensor(stddev))
-        draw = _noise(request)
-        mean, stddev, latents = await engine.encode(images, draw, deadline)
-        return vae_pb2.EncodeResponse(
-            model=ref,
-            mean=tensors.to_tensor(mean),
-            stddev=tensors.to_tensor(stddev),
-            latents=tensors.to_tensor(latents),
-            seed=draw.seed,
-        )
+        draw = _noise(request) if request.want_latents else None
+        mean, stddev, *latents = await engine.encode(images, draw, deadline)
+        response = vae_pb2.EncodeResponse(model=ref)
+        tensors.write_tensor(mean, response.mean)
+        tensors.write_tensor(stddev, response.stddev)
+        if draw is not None:
+            tensors.write_tensor(latents[0], response.latents)
+            response.seed = draw.seed
+        return response
 
     async def decode(self, request: vae_pb2.DecodeRequest, deadline: float) -> vae_pb2.DecodeResponse:
         """Latents -> images."""
         engine = self._engine(request.model)
         ref = self._refs[engine]
         images = await engine.decode(_array(request, "latents"), _image_dtype(request), deadline)
-        return vae_pb2.DecodeResponse(model=ref, images=tensors.to_tensor(images))
+        response = vae_pb2.DecodeResponse(model=ref)
+        tensors.write_tensor(images, response.images)
+        return response
 
     async def sample(self, request: vae_pb2.SampleRequest, deadline: float) -> vae_pb2.SampleResponse:
         """Draws from the prior -> images."""
@@ -91,12 +90,11 @@ class VaeService:
             fitted_prior=_FITTED_PRIOR[request.prior],
             deadline=deadline,
         )
-        return vae_pb2.SampleResponse(
-            model=ref,
-            images=tensors.to_tensor(images),
-            latents=tensors.to_tensor(latents) if request.want_latents else None,
-            seed=draw.seed,
-        )
+        response = vae_pb2.SampleResponse(model=ref, seed=draw.seed)
+        tensors.write_tensor(images, response.images)
+        if request.want_latents:
+            tensors.write_tensor(latents, response.latents)
+        return response
 
     async def get_model(self, request: vae_pb2.GetModelRequest, deadline: float) -> vae_pb2.GetModelResponse:
         """One model's card, and how it runs here."""
