@@ -45,4 +45,4 @@ async def app(
         "tasks": len(asyncio.all_tasks()),
         "calls": served.server._calls._in_flight,
     }
-    await Stream(receive, send, max_message_bytes=0).reply(json.dumps(state).encode())
+    Stream(receive, send, max_message_bytes=0).reply(json.dumps(state).encode())

@@ -173,6 +173,8 @@ class Calls:
 
         To be asked before anything of the call is read but its headers, whatever the method, be there one or not.
         """
+        if self.access.tokens is None:
+            return
         try:
             self.access.check(path.removeprefix("/"), read_metadata())
         except CallError as error:
@@ -202,13 +204,17 @@ class Calls:
         """Return what the caller learns of its call: the id, and in microseconds where its time went."""
         if not went:
             return ((CALL_ID_KEY, call_id),)
-        queue_s = sum((passage.started or time.monotonic()) - passage.submitted for passage in went)
-        compute_s = sum(passage.compute_s for passage in went)
+        queue_s = compute_s = 0.0
+        batch_rows = 0
+        for passage in went:
+            queue_s += (passage.started or time.monotonic()) - passage.submitted
+            compute_s += passage.compute_s
+            batch_rows = max(batch_rows, passage.batch_rows)
         return (
             (CALL_ID_KEY, call_id),
-            (QUEUE_KEY, str(round(queue_s * 1e6))),
-            (COMPUTE_KEY, str(round(compute_s * 1e6))),
-            (BATCH_ROWS_KEY, str(max(passage.batch_rows for passage in went))),
+            (QUEUE_KEY, f"{queue_s * 1e6:.0f}"),
+            (COMPUTE_KEY, f"{compute_s * 1e6:.0f}"),
+            (BATCH_ROWS_KEY, str(batch_rows)),
         )
 
 

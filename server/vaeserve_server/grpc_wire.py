@@ -44,6 +44,14 @@ class Frame(NamedTuple):
     data: bytes
 
 
+def sole_message(request: bytes, max_message_bytes: int) -> bytes | None:
+    """Return the message of a request that is one whole uncompressed frame, as nearly all are; None for any other."""
+    length = len(request) - _PREFIX_BYTES
+    if 0 <= length <= max_message_bytes and request[:_PREFIX_BYTES] == _PREFIX.pack(0, length):
+        return request[_PREFIX_BYTES:]
+    return None
+
+
 class Deframer:
     """Cuts a request's bytes into messages, however the network cut them."""
 

@@ -145,7 +145,8 @@ class EnvoyTransport:
             return
         if headers.get(b"te") != b"trailers":  # without it Envoy sends none, and the status stands in them
             raise grpc_wire.WireError(code_pb2.INTERNAL, "the request lacks the header `te: trailers`")
-        self._calls.admit(scope["path"], partial(_sent_metadata, headers))
+        read_metadata = partial(_sent_metadata, headers)
+        self._calls.admit(scope["path"], read_metadata)
         timeout = headers.get(b"grpc-timeout")
         timeout_s = None if timeout is None else grpc_wire.timeout_s(timeout)
         if timeout_s is not None:
@@ -157,8 +158,8 @@ class EnvoyTransport:
             await self._answer_standard(scope["path"], stream)
         else:
             payload = await stream.only_message() if method.read else b""
-            answer = await self._calls.answer(method, payload, stream.remaining_s(), partial(_sent_metadata, headers))
-            await stream.reply(answer.message, answer.metadata)
+            answer = await self._calls.answer(method, payload, stream.remaining_s(), read_metadata)
+            stream.reply(answer.message, answer.metadata)
 
     async def _answer_standard(self, path: str, stream: Stream) -> None:
         """Answer health and reflection by their grpcio handlers."""
@@ -173,7 +174,7 @@ class EnvoyTransport:
         if handler.response_streaming:
             await stream.reply_all(handler, handler.unary_stream(request, _CONTEXT))
         else:
-            await stream.reply(handler.response_serializer(await handler.unary_unary(request, _CONTEXT)))
+            stream.reply(handler.response_serializer(await handler.unary_unary(request, _CONTEXT)))
 
     async def _wait_ended(self) -> None:
         self._idle.clear()
@@ -221,9 +222,11 @@ class Stream:
 
     async def only_message(self) -> bytes:
         """Return the message of a request that has exactly one."""
+        chunk, more = await self._chunk()
+        if not more and (message := grpc_wire.sole_message(chunk, self._max_message_bytes)) is not None:
+            return message
         deframer = grpc_wire.Deframer(self._max_message_bytes)
-        frames: list[grpc_wire.Frame] = []
-        more = True
+        frames = deframer.feed(chunk)
         while more:
             chunk, more = await self._chunk()
             frames += deframer.feed(chunk)
@@ -244,12 +247,12 @@ class Stream:
                 yield await self._content(frame)
         deframer.finish()
 
-    async def reply(self, message: bytes, metadata: Metadata = ()) -> None:
+    def reply(self, message: bytes, metadata: Metadata = ()) -> None:
         """Send the only message of an answer, and that all went well."""
-        await self._send(_START)
-        await self._send({"type": "http.response.body", "body": grpc_wire.frame(message)})
+        self._send(_START)
+        self._send({"type": "http.response.body", "body": grpc_wire.frame(message)})
         self._started = True
-        await self._send({"type": "http.response.trailers", "headers": grpc_wire.status_headers(0, "", metadata)})
+        self._send({"type": "http.response.trailers", "headers": grpc_wire.status_headers(0, "", metadata)})
 
     async def reply_all(self, handler: Any, responses: AsyncIterator[Any]) -> None:
         """Send messages as they come, as fast as the caller takes them, and that all went well."""

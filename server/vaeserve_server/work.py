@@ -19,6 +19,8 @@ from vaeserve_server.errors import GraphRunError, InvalidInputError
 
 DType = np.dtype[Any]
 
+_LEVELS = np.float32(255)
+
 FLOAT32, FLOAT16, UINT8 = np.dtype(np.float32), np.dtype(np.float16), np.dtype(np.uint8)
 
 
@@ -42,11 +44,9 @@ class EncodeWork:
 
     def write(self, start: int, stop: int, out: Floats) -> None:
         """Write the images, in 0..1."""
-        images = self._images[start:stop]
-        if images.dtype == UINT8:
-            np.divide(images, np.float32(255), out=out)
-        else:
-            out[...] = images
+        out[...] = self._images[start:stop]
+        if self._images.dtype == UINT8:
+            np.divide(out, _LEVELS, out=out)  # of what is float32 already: NumPy would convert piece by piece
 
     def finish(self, start: int, batch: Floats, outputs: Sequence[Floats]) -> Outputs:
         """Return mean and stddev, and the latents if they are wanted."""
