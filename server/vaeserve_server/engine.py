@@ -42,7 +42,7 @@ _STREAM_ROWS = 2**64
 _GRAPH_NAMES: dict[int, str] = {ENCODER: "encoder", DECODER: "decoder", PRIOR: "prior"}  # in figures and traces
 _ENVELOPE_BYTES = 4096  # a message's fields beside its tensors
 _BATCH_ROWS = {CUDA: 256}
-_BATCH_ROWS_CPU = 64
+_BATCH_ROWS_CPU = 128
 
 
 @dataclass(frozen=True)
