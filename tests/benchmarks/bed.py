@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import importlib.util
+import json
 import os
 import re
 import socket
@@ -22,12 +23,12 @@ import grpc
 
 import h2load
 import traffic
-from children import BenchError, Child, cpu_s, worker
+from children import HERE, BenchError, Child, cpu_s, worker
 from traffic import SERVICE, VERBS, Model, Verb
 from vaeserve.v1 import vae_pb2
 from vaeserve_server.cores import available_cores
 
-GRPC, ENVOY, ECHO = "grpc", "envoy", "echo"
+GRPC, ENVOY, ECHO, ENVOY_ECHO = "grpc", "envoy", "echo", "envoy echo"
 _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 _CHANNEL_OPTIONS = [("grpc.max_receive_message_length", -1), ("grpc.enable_http_proxy", 0)]
 _CALL_S = 60.0
@@ -93,6 +94,9 @@ class Bed:
         self.effort = effort
         self.device = device
         self.skipped: dict[str, str] = {}
+        # By graph: the best setting of ONNX Runtime alone for each batch size, and the best batch size.
+        self.best_alone: dict[str, dict[int, str]] = {}
+        self.best_batch: dict[str, int] = {}
         self._models = models
         self._folder = folder
         self._stack = ExitStack()
@@ -130,12 +134,27 @@ class Bed:
     @cached_property
     def echo(self) -> Server:
         """A bare grpcio server that gives our answers to requests of one row."""
+        child = self._stack.enter_context(worker("echo_server.py", self._folder / "echo.log"))
+        return self._server(ECHO, child, child.ask(**self._recorded)["port"])
+
+    @cached_property
+    def echoes(self) -> list[Server]:
+        """The bare grpcio echo, and where Envoy is a bare echo in it: the same bytes, nothing computed."""
+        if self.servers[-1].transport != ENVOY:
+            return [self.echo]
+        answers = self._folder / "answers.json"
+        answers.write_text(json.dumps(self._recorded))
+        command = [sys.executable, str(HERE / "envoy_echo.py"), str(answers), *self._flags(ENVOY)]
+        child = self._stack.enter_context(Child(command, self._folder / "envoy-echo.log"))
+        return [self.echo, self._server(ENVOY_ECHO, child, port_of(child.line()))]
+
+    @cached_property
+    def _recorded(self) -> dict[str, str]:
+        """Our answers to requests of one row, in base64, by method."""
         ours = self.servers[0]
         answers = {"GetModel": ours.call("GetModel", b"")}
         answers |= {verb.method: ours.call(verb.method, self._request(verb, 1).read_bytes()[5:]) for verb in VERBS}
-        child = self._stack.enter_context(worker("echo_server.py", self._folder / "echo.log"))
-        encoded = {method: base64.b64encode(answer).decode() for method, answer in answers.items()}
-        return self._server(ECHO, child, child.ask(**encoded)["port"])
+        return {method: base64.b64encode(answer).decode() for method, answer in answers.items()}
 
     @cached_property
     def onnxruntime(self) -> Child:
@@ -173,9 +192,14 @@ class Bed:
 
     def new_server(self, transport: str, *flags: str) -> Child:
         """Start a server that is not ready yet; the caller's to stop."""
-        command = [sys.executable, "-m", "vaeserve_server", f"--models={self._models}", "--port=0", "--metrics-port=0"]
-        command += [f"--device={self.device}", f"--transport={transport}", "--log-level=warning", *flags]
+        command = [sys.executable, "-m", "vaeserve_server", *self._flags(transport), *flags]
         return Child(command, self._folder / f"server-{transport}.log")
+
+    def _flags(self, transport: str) -> list[str]:
+        return [
+            *(f"--models={self._models}", "--port=0", "--metrics-port=0", "--log-level=warning"),
+            *(f"--device={self.device}", f"--transport={transport}"),
+        ]
 
     def first_answer_s(self, transport: str) -> float:
         """Return the time from a server's start to its first answer."""

@@ -41,12 +41,15 @@ class Alone:
         self._settings = [(1, 1), (1, 2)] if provider == CUDA else sorted({(i, r) for i in counts for r in counts})
         self._sessions: dict[tuple[str, int], onnxruntime.InferenceSession] = {}
 
-    def measure(self, graph: str, batches: list[int], seconds: float) -> dict[str, dict[str, float]]:
-        """Return images a second by batch size and setting ("threads inside a run x runs at once")."""
+    def measure(
+        self, graph: str, batches: list[int], seconds: float, setting: str | None = None
+    ) -> dict[str, dict[str, float]]:
+        """Return images a second by batch size and setting ("threads inside a run x runs at once"), all or the one."""
         return {
             str(rows): {
                 f"{threads} x {runs}": self._images_per_s(graph, rows, threads, runs, seconds)
                 for threads, runs in self._settings
+                if setting in (None, f"{threads} x {runs}")
             }
             for rows in batches
         }
