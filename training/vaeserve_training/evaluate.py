@@ -21,6 +21,7 @@ from vaeserve_training import objectives
 from vaeserve_training.compute import as_tensor
 from vaeserve_training.config import LikelihoodName
 from vaeserve_training.data import ImageData
+from vaeserve_training.deconvolution import FastDeconvolutions
 from vaeserve_training.models import Vae
 from vaeserve_training.objectives import Observation, Posterior, Prior
 from vaeserve_training.randomness import BLOCK_IMAGES, Stream, generator, image_noise
@@ -292,7 +293,8 @@ def evaluating(vae: Vae) -> Iterator[torch.device]:
     was_training = vae.training
     vae.eval()
     try:
-        with torch.no_grad(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        cudnn = torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
+        with torch.no_grad(), cudnn, FastDeconvolutions():
             yield next(vae.parameters()).device
     finally:
         vae.train(was_training)
