@@ -149,3 +149,18 @@ def test_another_encoding_is_unimplemented() -> None:
     with pytest.raises(grpc_wire.WireError, match="grpc-encoding br is not taken; use identity, gzip") as raised:
         grpc_wire.check_encoding(b"br")
     assert raised.value.code == code_pb2.UNIMPLEMENTED
+
+
+@given(prefix=st.binary(min_size=0, max_size=5), message=st.binary(max_size=40), framed=st.booleans())
+def test_the_short_way_takes_what_the_deframer_would_and_nothing_else(
+    prefix: bytes, message: bytes, framed: bool
+) -> None:
+    request = grpc_wire.frame(message) if framed else prefix + message
+    deframer = grpc_wire.Deframer(max_message_bytes=32)
+    try:
+        frames = deframer.feed(request)
+        deframer.finish()
+    except grpc_wire.WireError:
+        frames = []
+    sole = frames[0].data if len(frames) == 1 and not frames[0].compressed else None
+    assert grpc_wire.sole_message(request, 32) == sole
