@@ -94,7 +94,7 @@ class Settings(BaseSettings):
     max_rows_per_call: Count = 4096
     """Most rows in one call; fewer where the images are so large that max-message-bytes says so."""
     max_batch_rows: CountOrAuto = 0
-    """Most rows in one run of a graph. 0 is 64 on a CPU, 256 on a GPU."""
+    """Most rows in one run of a graph. 0 is 128 on a CPU, 256 on a GPU."""
     max_queue_rows: Count = 8192
     """Most rows waiting for each graph; a call beyond is refused at once and told when to try again."""
     max_calls: Annotated[int, Field(ge=1, le=_MOST)] = 1024
