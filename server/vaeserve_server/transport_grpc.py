@@ -143,31 +143,19 @@ def _channel_arguments(limits: ConnectionLimits) -> list[tuple[str, int]]:
 
 
 class _ByPath(grpc.GenericRpcHandler):  # type: ignore[type-arg]  # subscriptable in the stubs only
-    """Finds handlers of several services by their path; while all calls are in hand, one that refuses ours unread."""
+    """Finds handlers of several services by their path; for a call too many, one that refuses it unread."""
 
     def __init__(self, handlers: dict[str, Any], calls: Calls) -> None:
         self._handlers = handlers
         self._calls = calls
-        self._refusals = {
-            f"/{method.service}/{method.name}": _refusal(calls, method) for method in calls.methods if method.read
-        }
+        self._methods = {f"/{method.service}/{method.name}": method for method in calls.methods if method.read}
 
     def service(self, handler_call_details: grpc.HandlerCallDetails) -> Any:
         """Return the handler, None if the path is not one of these."""
         path = handler_call_details.method
-        if self._calls.are_full and path in self._refusals:
-            return self._refusals[path]
-        return self._handlers.get(path)
-
-
-def _refusal(calls: Calls, method: Method) -> grpc.RpcMethodHandler[bytes, bytes]:
-    """Return a handler of streams, since those are begun before a message is there."""
-
-    async def refuse(_unread: object, context: _Context) -> None:
-        status = calls.refuse(method)
-        await context.abort(_CODES[status.code], status.message, status.metadata)
-
-    return grpc.stream_stream_rpc_method_handler(refuse)
+        method = self._methods.get(path)
+        refusal = method and self._calls.refusal(method)
+        return grpc_access.refusal(refusal) if refusal else self._handlers.get(path)
 
 
 def _handler(calls: Calls, method: Method, unpack: _Unpack) -> grpc.RpcMethodHandler[bytes, bytes]:
