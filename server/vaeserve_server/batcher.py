@@ -132,6 +132,17 @@ class Batcher:
         """Return whether any row waits."""
         return bool(self._queue)
 
+    def retry_after_s(self) -> float:
+        """Return when to come again after a refusal: when the queue may be clear. It differs from call to call."""
+        clear_s = self.queued_rows * self._row_s / self._pool.threads if self._row_s else _FIRST_RETRY_S
+        # Spread out, or all who were refused together come back together.
+        return min(max(clear_s, _MIN_RETRY_S), _MAX_RETRY_S) * random.uniform(1.0, 1.5)
+
+    @property
+    def is_full(self) -> bool:
+        """Return whether not one row more may wait."""
+        return self.queued_rows >= self._max_queue_rows
+
     def take(self, free_threads: int) -> BatchRun | None:
         """Return a run of the rows that have waited longest, at most a fair share of them for one of `free_threads`.
 
@@ -259,9 +270,7 @@ class Batcher:
                 f"the call has {rows} rows but the queue holds {self._max_queue_rows}; send fewer rows in one call"
             )
             return QueueFullError(message, None)
-        clear_s = self.queued_rows * self._row_s / self._pool.threads if self._row_s else _FIRST_RETRY_S
-        # Spread out, or all who were refused together come back together.
-        retry_after_s = min(max(clear_s, _MIN_RETRY_S), _MAX_RETRY_S) * random.uniform(1.0, 1.5)
+        retry_after_s = self.retry_after_s()
         return QueueFullError(
             f"the queue holds {self.queued_rows} of at most {self._max_queue_rows} rows and the call has {rows}; "
             f"try again in {retry_after_s:.3f} s",

@@ -16,6 +16,7 @@ import secrets
 import time
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, NamedTuple, Protocol
 
 from google.protobuf.message import DecodeError, Message
@@ -40,6 +41,7 @@ _log = logging.getLogger(__name__)
 _CLOCK_S = 0.02
 # Who is refused because of the number of calls may come again after this, and up to twice as long.
 _RETRY_S = 0.1
+_RETRY_STEP_S = 0.005  # of the times after which those may who are refused because a queue is full
 
 
 class Answer(NamedTuple):
@@ -61,7 +63,8 @@ class CallFailedError(Exception):
 class Method:
     """One RPC: its service's full name and its own, how its request is parsed, and what answers it.
 
-    One that is refused whatever is sent is not `read`: its request may be a stream, or whatever else.
+    One that is refused whatever is sent is not `read`: its request may be a stream, or whatever else. `retry_after_s`
+    returns when to come again while any call would find its queue full, whatever it holds, and else None.
     """
 
     service: str
@@ -70,6 +73,7 @@ class Method:
     answer: Callable[[Any, float], Awaitable[Message]]  # each verb takes its own request type
     stats: MethodStats
     read: bool = True
+    retry_after_s: Callable[[], float | None] = lambda: None
 
 
 class EndedCall(NamedTuple):
@@ -111,17 +115,21 @@ class Calls:
         """Return what is counted of the methods, which may share one count."""
         return list(dict.fromkeys(method.stats for method in self.methods))
 
-    @property
-    def are_full(self) -> bool:
-        """Return whether one more call would be refused."""
-        return self._in_flight >= self._max_calls
+    def refusal(self, method: Method) -> status.Status | None:
+        """Return the status of a call that is refused unread, and count it; None if it is to be read.
 
-    def refuse(self, method: Method) -> status.Status:
-        """Count a call that is refused unread, and return its status. Costs little: time is short when it happens."""
+        Costs little: time is short when it happens.
+        """
+        if self._in_flight >= self._max_calls:
+            refusal = next(self._refusals)
+        elif (retry_after_s := method.retry_after_s()) is not None:
+            refusal = _queue_full(math.ceil(retry_after_s / _RETRY_STEP_S))
+        else:
+            return None
         method.stats.started += 1
         method.stats.refused += 1
         method.stats.codes[code_pb2.RESOURCE_EXHAUSTED] += 1
-        return next(self._refusals)
+        return refusal
 
     async def answer(
         self, method: Method, payload: bytes, remaining_s: float | None, read_metadata: ReadMetadata
@@ -131,8 +139,9 @@ class Calls:
         `remaining_s` is the time until the caller's deadline, None without one. Cancelling takes the call's rows out of
         the queue.
         """
-        if self.are_full:  # what came since the transport asked
-            raise CallFailedError(self.refuse(method))
+        refusal = self.refusal(method)  # for what came since the transport asked
+        if refusal is not None:
+            raise CallFailedError(refusal)
         started = time.monotonic()
         deadline = math.inf if remaining_s is None else started + remaining_s
         call_id = self._new_id()
@@ -226,19 +235,30 @@ def _refusals(max_calls: int) -> list[status.Status]:
     return [status.of_error(QueueFullError(f"{words} {wait_s:.3f} s", wait_s)) for wait_s in waits_s]
 
 
+@lru_cache(maxsize=2048)
+def _queue_full(steps: int) -> status.Status:
+    wait_s = steps * _RETRY_STEP_S
+    return status.of_error(QueueFullError(f"the queue is full; try again in {wait_s:.3f} s", wait_s))
+
+
 def native_methods(service: VaeService) -> list[Method]:
     """Return the methods of vaeserve's own contract."""
     return [
-        _native("Encode", vae_pb2.EncodeRequest.FromString, service.encode),
-        _native("Decode", vae_pb2.DecodeRequest.FromString, service.decode),
-        _native("Sample", vae_pb2.SampleRequest.FromString, service.sample),
+        _native("Encode", vae_pb2.EncodeRequest.FromString, service.encode, service.retry_encode_s),
+        _native("Decode", vae_pb2.DecodeRequest.FromString, service.decode, service.retry_decode_s),
+        _native("Sample", vae_pb2.SampleRequest.FromString, service.sample, service.retry_decode_s),
         _native("GetModel", vae_pb2.GetModelRequest.FromString, service.get_model),
         _native("ListModels", vae_pb2.ListModelsRequest.FromString, service.list_models),
     ]
 
 
-def _native(name: str, parse: Callable[[bytes], Any], answer: Callable[[Any, float], Awaitable[Message]]) -> Method:
-    return Method(SERVICE_NAME, name, parse, answer, MethodStats(name))
+def _native(
+    name: str,
+    parse: Callable[[bytes], Any],
+    answer: Callable[[Any, float], Awaitable[Message]],
+    retry_after_s: Callable[[], float | None] = lambda: None,
+) -> Method:
+    return Method(SERVICE_NAME, name, parse, answer, MethodStats(name), retry_after_s=retry_after_s)
 
 
 def _count(stats: MethodStats, call: EndedCall) -> None:

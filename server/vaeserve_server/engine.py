@@ -197,6 +197,11 @@ class Engine:
             (images,) = await self._decoder.submit(DecodeWork(latents, image_dtype, "temperature"), deadline)
         return images, latents
 
+    def full_queue(self, role: int) -> Batcher | None:
+        """Return the queue of a graph if it takes not one row more."""
+        batcher = self._batchers[role]
+        return batcher if batcher.is_full else None
+
     def queued_rows(self) -> int:
         """Return the rows that wait for a run, over all graphs."""
         return sum(batcher.queued_rows for batcher in self._batchers.values())

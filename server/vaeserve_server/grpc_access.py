@@ -28,14 +28,20 @@ class Gate(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # only the st
         try:
             self._calls.admit(details.method, lambda: details.invocation_metadata)
         except CallFailedError as failure:
-            return _refusal(failure.status)
+            return refusal(failure.status)
         return await continuation(details)
 
 
-def _refusal(status: Status) -> grpc.RpcMethodHandler[bytes, bytes]:
-    # As a handler of streams: one of a single message would have it read in whole first.
+def refusal(status: Status) -> grpc.RpcMethodHandler[bytes, bytes]:
+    """Return what ends a call with a status before its message is read.
+
+    It is a handler of streams: one of a single message would have it read in whole first.
+    """
+
     async def refuse(requests: AsyncIterator[bytes], context: grpc.aio.ServicerContext[Any, Any]) -> None:
-        await context.abort(_CODES[status.code], status.message, status.metadata)
+        context.set_code(_CODES[status.code])  # abort() does the same by an exception, and costs a fifth more
+        context.set_details(status.message)
+        context.set_trailing_metadata(status.metadata)
 
     return grpc.stream_stream_rpc_method_handler(refuse)
 

@@ -7,6 +7,7 @@ from numpy.typing import NDArray
 
 from vaeserve import tensors
 from vaeserve.v1 import vae_pb2
+from vaeserve_server.bundle import DECODER, ENCODER
 from vaeserve_server.engine import Engine
 from vaeserve_server.errors import InvalidInputError, NotServingError
 from vaeserve_server.graphs import Runtime
@@ -51,6 +52,14 @@ class VaeService:
         """Refuse calls from now on; those that are in go on."""
         self._repository = None
         self._refusal = "the server is shutting down; try another one"
+
+    def retry_encode_s(self) -> float | None:
+        """Return when to come again if no Encode can be taken now, whatever it holds; None if one may be."""
+        return self._retry_after_s(ENCODER)
+
+    def retry_decode_s(self) -> float | None:
+        """Return the same of Decode and Sample, which both end in the decoder."""
+        return self._retry_after_s(DECODER)
 
     async def encode(self, request: vae_pb2.EncodeRequest, deadline: float) -> vae_pb2.EncodeResponse:
         """Images -> posterior mean and standard deviation, and latents where they are wanted."""
@@ -109,6 +118,11 @@ class VaeService:
         if self._repository is None:
             raise NotServingError(self._refusal)
         return self._repository
+
+    def _retry_after_s(self, role: int) -> float | None:
+        engines = self._repository.engines if self._repository else []
+        queues = [engine.full_queue(role) for engine in engines]
+        return min((queue.retry_after_s() for queue in queues if queue), default=None) if all(queues) else None
 
     def _engine(self, model: vae_pb2.ModelRef) -> Engine:
         return self.repository().resolve(model.name, model.version, model.digest)

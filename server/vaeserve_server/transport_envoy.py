@@ -157,6 +157,9 @@ class EnvoyTransport:
         if method is None:
             await self._answer_standard(scope["path"], stream)
         else:
+            refusal = self._calls.refusal(method) if method.read else None
+            if refusal is not None:
+                raise CallFailedError(refusal)
             payload = await stream.only_message() if method.read else b""
             answer = await self._calls.answer(method, payload, stream.remaining_s(), read_metadata)
             stream.reply(answer.message, answer.metadata)

@@ -143,31 +143,19 @@ def _channel_arguments(limits: ConnectionLimits) -> list[tuple[str, int]]:
 
 
 class _ByPath(grpc.GenericRpcHandler):  # type: ignore[type-arg]  # subscriptable in the stubs only
-    """Finds handlers of several services by their path; while all calls are in hand, one that refuses ours unread."""
+    """Finds handlers of several services by their path; for a call too many, one that refuses it unread."""
 
     def __init__(self, handlers: dict[str, Any], calls: Calls) -> None:
         self._handlers = handlers
         self._calls = calls
-        self._refusals = {
-            f"/{method.service}/{method.name}": _refusal(calls, method) for method in calls.methods if method.read
-        }
+        self._methods = {f"/{method.service}/{method.name}": method for method in calls.methods if method.read}
 
     def service(self, handler_call_details: grpc.HandlerCallDetails) -> Any:
         """Return the handler, None if the path is not one of these."""
         path = handler_call_details.method
-        if self._calls.are_full and path in self._refusals:
-            return self._refusals[path]
-        return self._handlers.get(path)
-
-
-def _refusal(calls: Calls, method: Method) -> grpc.RpcMethodHandler[bytes, bytes]:
-    """Return a handler of streams, since those are begun before a message is there."""
-
-    async def refuse(_unread: object, context: _Context) -> None:
-        status = calls.refuse(method)
-        await context.abort(_CODES[status.code], status.message, status.metadata)
-
-    return grpc.stream_stream_rpc_method_handler(refuse)
+        method = self._methods.get(path)
+        refusal = method and self._calls.refusal(method)
+        return grpc_access.refusal(refusal) if refusal else self._handlers.get(path)
 
 
 def _handler(calls: Calls, method: Method, unpack: _Unpack) -> grpc.RpcMethodHandler[bytes, bytes]:
@@ -177,12 +165,17 @@ def _handler(calls: Calls, method: Method, unpack: _Unpack) -> grpc.RpcMethodHan
             answer = await calls.answer(method, message, context.time_remaining(), context.invocation_metadata)
         except CallFailedError as failure:
             status = failure.status
+            aborted = context.abort(_CODES[status.code], status.message, status.metadata)
         except grpc_wire.WireError as error:
-            return await context.abort(_CODES[error.code], str(error))
+            aborted = context.abort(_CODES[error.code], str(error))
         else:
             context.set_trailing_metadata(answer.metadata)
             return answer.message
-        return await context.abort(_CODES[status.code], status.message, status.metadata)
+        # grpcio keeps what abort() raises, and that keeps this frame: a circle, which lasts until the collector comes
+        # by, hundreds of calls later. With their requests in it that is gigabytes.
+        payload = message = b""
+        del context
+        return await aborted
 
     async def refuse(_unread: object, context: _Context) -> None:
         await handle(b"", context)
@@ -197,13 +190,22 @@ def _standard(handler: Any, unpack: _Unpack) -> Any:
         try:
             return standard.parsed(handler, await unpack(payload))
         except grpc_wire.WireError as error:
-            return await context.abort(_CODES[error.code], str(error))
+            aborted = context.abort(_CODES[error.code], str(error))
+        del payload, context  # as in `_handler`
+        return await aborted
 
     async def unary_unary(payload: bytes, context: _Context) -> Any:
-        return await handler.unary_unary(await parsed(payload, context), context)
+        request = parsed(payload, context)
+        del payload
+        try:
+            return await handler.unary_unary(await request, context)
+        except grpc.aio.AbortError as error:
+            raise error.with_traceback(None) from None  # which has the request, again in a circle
 
     async def unary_stream(payload: bytes, context: _Context) -> AsyncIterator[Any]:
-        async for response in handler.unary_stream(await parsed(payload, context), context):
+        request = parsed(payload, context)
+        del payload
+        async for response in handler.unary_stream(await request, context):
             yield response
 
     async def stream_stream(payloads: AsyncIterator[bytes], context: _Context) -> AsyncIterator[Any]:

@@ -41,9 +41,10 @@ _GIVE_UP_S = 30.0
 
 
 class Ended(NamedTuple):
-    """A call that is over: when it was due, whether its answer is the right one, else the headers that came last."""
+    """A call that is over: when it was due and when it was sent, whether its answer is right, else its last headers."""
 
     due: float
+    sent: float
     is_right: bool
     headers: bytes
 
@@ -64,6 +65,7 @@ class Connection:
         self._body = body
         self._held: deque[float] = deque()  # until the server lets us send them
         self._due: dict[int, float] = {}  # by stream
+        self._sent: dict[int, float] = {}  # by stream
         self._received: dict[int, int] = {}  # bytes of data, by stream
         self._next_stream = 1
         self._max_streams = _MAX_STREAMS
@@ -120,7 +122,7 @@ class Connection:
             if kind <= _HEADERS and flags & _END_STREAM:
                 is_right = self._received.pop(stream) == self._answer_bytes
                 headers = b"" if is_right else bytes(self._in[start:stop])
-                ended.append(Ended(self._due.pop(stream), is_right, headers))
+                ended.append(Ended(self._due.pop(stream), self._sent.pop(stream), is_right, headers))
             at = stop
         del self._in[:at]
         if self._consumed > _REFILL_BYTES:
@@ -147,7 +149,7 @@ class Connection:
             return
         if _UINT32.unpack(payload)[0] != _REFUSED_STREAM:
             raise children.BenchError(f"the server broke off a call under load (HTTP/2 error {payload.hex()})")
-        del self._received[stream]
+        del self._received[stream], self._sent[stream]
         self._held.appendleft(self._due.pop(stream))
 
     def _start_held(self) -> None:
@@ -155,6 +157,7 @@ class Connection:
             stream = self._next_stream
             self._next_stream += 2
             self._due[stream] = self._held.popleft()
+            self._sent[stream] = time.perf_counter()
             self._received[stream] = 0
             self._send_window -= len(self._body)
             self._out += _frame(_HEADERS, _END_HEADERS, stream, self._headers)

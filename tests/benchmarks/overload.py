@@ -146,7 +146,11 @@ def table(options: argparse.Namespace, seen: dict[str, Any]) -> list[Row]:
     rows.append(Row(f"{options.recovered:.0%} of the capacity is back", words, f"<= {options.recovery_s:g} s", is_back))
     if options.lorises:
         rows.append(Row("slow connections", f"{options.lorises} opened, {seen['lorises_left']} held to the end"))
-    late = seen["late_ms"]["p99"]
+    late, held = seen["late_ms"]["p99"], seen["held_ms"]
+    if held:  # all connections have as many calls under way as they may: more comes than is taken in or refused
+        words = f"p50 {held['p50']:.1f} ms, p99 {held['p99']:.1f} ms"
+        rows.append(Row("of all these times, at the caller", words))
+    rows.append(Row("the server", f"{seen['server_cpu_share']:.0%} of a core"))
     rows.append(Row("the load itself", f"p99 {late:.1f} ms late, {seen['cpu_share']:.0%} of a core"))
     return rows
 

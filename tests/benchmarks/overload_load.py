@@ -38,6 +38,7 @@ class Outcome:
     accepted_s: list[float] = field(default_factory=list)
     refused_s: list[float] = field(default_factory=list)
     late_s: list[float] = field(default_factory=list)
+    held_s: list[float] = field(default_factory=list)  # from when a call was due until it was sent
     ends: list[float] = field(default_factory=list)  # of the accepted ones, by the clock
     headers: list[bytes] = field(default_factory=list)  # of some of the others
     memory: list[int] = field(default_factory=list)
@@ -46,6 +47,7 @@ class Outcome:
     def take(self, ended: list[Ended], now: float) -> None:
         """Note calls that have ended."""
         for call in ended:
+            self.held_s.append(call.sent - call.due)
             if call.is_right:
                 self.accepted_s.append(now - call.due)
                 self.ends.append(now)
@@ -142,9 +144,10 @@ def overload(
     full = load.full(in_flight, full_s)
     load.settle()
     capacity = len(full.accepted_s) / full_s
-    cpu_began = time.process_time()
+    cpu_began, server_cpu_began = time.process_time(), children.cpu_s(pid)
     over = load.over(times * capacity, seconds, seed=1)
     cpu_share = (time.process_time() - cpu_began) / seconds
+    server_cpu_share = (children.cpu_s(pid) - server_cpu_began) / seconds
     after = load.full(in_flight, max(full_s, 2.0))
     load.settle()
     for each in opened:
@@ -162,9 +165,11 @@ def overload(
         "refused_ms": _milliseconds(over.refused_s),
         "statuses": dict(statuses),
         "late_ms": _milliseconds(over.late_s),
+        "held_ms": _milliseconds(over.held_s),
         "memory_bytes": [max(over.memory[: half + 1]), max(over.memory[half:])],
         "recovery_s": _recovery_s(after, recovered * capacity),
         "cpu_share": cpu_share,
+        "server_cpu_share": server_cpu_share,
     }
 
 

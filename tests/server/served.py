@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Self
 
@@ -26,13 +27,17 @@ def has_envoy() -> bool:
 class Served:
     """A context in which `models` is served at `target` by the process `pid`; leaving it sees that it ends well."""
 
-    def __init__(self, models: Path, transport: str, **settings: object) -> None:
+    def __init__(
+        self, models: Path, transport: str, *, variables: Mapping[str, str] | None = None, **settings: object
+    ) -> None:
         chosen = {"models": models, "transport": transport, "port": 0, "device": "cpu", "metrics": False, **settings}
         environment = {name: value for name, value in os.environ.items() if not name.startswith(("VAESERVE_", "GRPC_"))}
         self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115 - lives as long as the process
         self._process = subprocess.Popen(
             [sys.executable, "-m", "vaeserve_server"],
-            env=environment | {f"VAESERVE_{name.upper()}": str(value) for name, value in chosen.items()},
+            env=environment
+            | dict(variables or {})
+            | {f"VAESERVE_{name.upper()}": str(value) for name, value in chosen.items()},
             stdout=subprocess.PIPE,
             stderr=self._log,
             text=True,

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import grpc
 import pytest
+from grpc_health.v1 import health_pb2
 
 import serving
 from http2 import Connection, frame
 from served import Served, has_envoy
+from vaeserve.v1 import vae_pb2 as pb
 
 LIST_MODELS = "/vaeserve.v1.VaeService/ListModels"
+ENCODE = "/vaeserve.v1.VaeService/Encode"
 HEALTH = "/grpc.health.v1.Health/Check"
 EXHAUSTED = str(grpc.StatusCode.RESOURCE_EXHAUSTED.value[0])
 LIMIT_MIB = 32  # the default of --max-message-bytes
@@ -67,3 +70,25 @@ def test_a_claim_of_gibibytes_is_not_believed(served: Served, length: int) -> No
             connection.send(connection.open(LIST_MODELS), frame(b"a few bytes of it", length=length), end=False)
         assert other.call(LIST_MODELS, frame(b"")) == "0"
     assert served.peak_mib() - before < LIMIT_MIB
+
+
+@pytest.mark.parametrize(
+    ("path", "request_of"),
+    [
+        (LIST_MODELS, lambda text: b"\xff" + text.encode()),
+        (ENCODE, lambda text: pb.EncodeRequest(model=pb.ModelRef(name=text)).SerializeToString()),
+        (HEALTH, lambda text: b"\xff" + text.encode()),
+        (HEALTH, lambda text: health_pb2.HealthCheckRequest(service=text).SerializeToString()),
+    ],
+)
+def test_large_requests_that_are_refused_are_not_kept(
+    served: Served, path: str, request_of: Callable[[str], bytes]
+) -> None:
+    request = request_of("x" * (20 * 2**20))
+    before = served.peak_mib()
+    with grpc.insecure_channel(served.target) as channel:
+        call = channel.unary_unary(path, None, None)
+        for _ in range(20):
+            with pytest.raises(grpc.RpcError):
+                call(request)
+    assert served.peak_mib() - before < 4 * LIMIT_MIB

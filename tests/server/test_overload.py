@@ -131,6 +131,20 @@ def test_a_full_queue_answers_with_push_back(slow_server: RunningServer, stub: S
         call.cancel()
 
 
+def test_while_not_one_row_fits_calls_are_refused_unread(slow_server: RunningServer, channel: grpc.Channel) -> None:
+    stub = Stub(channel)
+    slow = occupy(slow_server, stub, MUCH_TOO_LONG)
+    queued = stub.Encode.future(request(rows=2000))
+    slow_server.until(lambda server: queued_rows(server) == 2000)
+    error = failure(channel.unary_unary("/vaeserve.v1.VaeService/Encode", None, None).future(b"\xff no message"))
+    assert error.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert error.details().startswith("the queue is full; try again in ")
+    assert int(dict(error.trailing_metadata())["grpc-retry-pushback-ms"]) > 0
+    assert stub.Sample(pb.SampleRequest(count=1)).images.shape[0] == 1  # the decoder's queue is another one
+    for call in (slow, queued):
+        call.cancel()
+
+
 def test_a_call_larger_than_the_queue_is_told_not_to_come_back(slow_server: RunningServer, stub: Stub) -> None:
     error = failure(stub.Encode.future(request(rows=2001)))
     assert error.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
