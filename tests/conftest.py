@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import signal
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -34,6 +37,26 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
                 item.add_marker(pytest.mark.skip(reason=IN_PROCESS))
 
 
+Shared = Callable[[str, Callable[[Path], Path]], Path]
+
+
+@pytest.fixture(scope="session")
+def shared(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Shared:
+    """Make a folder of that name once for all of xdist's processes, which only read it; return what `make` returned."""
+    alone = not hasattr(request.config, "workerinput")
+    session = tmp_path_factory.getbasetemp() if alone else tmp_path_factory.getbasetemp().parent
+
+    def find_or_make(name: str, make: Callable[[Path], Path]) -> Path:
+        made = session / f"shared-{name}.txt"
+        with (session / f"shared-{name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not made.exists():
+                made.write_text(str(make(tmp_path_factory.mktemp(name))))
+        return Path(made.read_text())
+
+    return find_or_make
+
+
 @pytest.fixture(scope="session")
 def test_images() -> NDArray[np.uint8]:
     """256 MNIST test images, uint8 [256, 1, 28, 28]."""
@@ -43,52 +66,67 @@ def test_images() -> NDArray[np.uint8]:
 
 
 @pytest.fixture(scope="session")
-def checkpoint_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def checkpoint_dir(shared: Shared) -> Path:
     """The last checkpoint of the default preset, trained on 1024 images."""
-    from vaeserve_training.config import preset
-    from vaeserve_training.fit import fit
 
-    config = preset("mnist").with_changes(
-        data={"dataset": "arrays", "path": MNIST_SUBSET},
-        optimiser={"epochs": 3, "warmup_steps": 5},
-        run={"threads": 1},
-    )
-    return fit(config, tmp_path_factory.mktemp("run"))
+    def train(folder: Path) -> Path:
+        from vaeserve_training.config import preset
+        from vaeserve_training.fit import fit
+
+        config = preset("mnist").with_changes(
+            data={"dataset": "arrays", "path": MNIST_SUBSET},
+            optimiser={"epochs": 3, "warmup_steps": 5},
+            run={"threads": 1},
+        )
+        return fit(config, folder)
+
+    return shared("run", train)
+
+
+def reuse_graphs(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Spare an export of that bundle's weights the seconds that PyTorch's exporter takes."""
+    from vaeserve_training import onnx_graphs
+
+    encoder, decoder = ((bundle / f"{role}.onnx").read_bytes() for role in ("encoder", "decoder"))
+    monkeypatch.setattr(onnx_graphs, "build_encoder", lambda *_: encoder)
+    monkeypatch.setattr(onnx_graphs, "build_decoder", lambda *_: decoder)
+
+
+def _exported(checkpoint_dir: Path, folder: Path, **options: Any) -> Path:
+    from vaeserve_training.export import export
+
+    export(checkpoint_dir, folder, name="mnist", version=1, **options)
+    return folder
 
 
 @pytest.fixture(scope="session")
-def models_dir(checkpoint_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def models_dir(checkpoint_dir: Path, shared: Shared) -> Path:
     """A models folder with one bundle, mnist/1, exported from that checkpoint."""
-    from vaeserve_training.export import export
-
-    folder = tmp_path_factory.mktemp("models")
-    export(checkpoint_dir, folder, name="mnist", version=1)
-    return folder
+    return shared("models", lambda folder: _exported(checkpoint_dir, folder))
 
 
 @pytest.fixture(scope="session")
-def float16_models_dir(checkpoint_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def float16_models_dir(checkpoint_dir: Path, shared: Shared) -> Path:
     """The same with graphs in float16 in the bundle."""
-    from vaeserve_training.export import export
-
-    folder = tmp_path_factory.mktemp("float16")
-    export(checkpoint_dir, folder, name="mnist", version=1, float16=True)
-    return folder
+    return shared("float16", lambda folder: _exported(checkpoint_dir, folder, float16=True))
 
 
 @pytest.fixture(scope="session")
-def evaluated_models_dir(checkpoint_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def evaluated_models_dir(checkpoint_dir: Path, bundle_dir: Path, shared: Shared) -> Path:
     """The same with its figures on the test images in the card, the latents' statistics among them."""
-    from vaeserve_training import checkpoint, data
-    from vaeserve_training.evaluate import evaluate
-    from vaeserve_training.export import export
 
-    model = checkpoint.load(checkpoint_dir)
-    images = data.load(model.config.data)
-    folder = tmp_path_factory.mktemp("evaluated")
-    report = evaluate(model.vae, images, model.config.objective.likelihood)
-    export(checkpoint_dir, folder, name="mnist", version=1, evaluation=report, data=images)
-    return folder
+    def evaluate_and_export(folder: Path) -> Path:
+        from vaeserve_training import checkpoint, data
+        from vaeserve_training.evaluate import evaluate
+
+        model = checkpoint.load(checkpoint_dir)
+        images = data.load(model.config.data)
+        report = evaluate(model.vae, images, model.config.objective.likelihood)
+        with pytest.MonkeyPatch.context() as patched:
+            reuse_graphs(bundle_dir, patched)
+            return _exported(checkpoint_dir, folder, evaluation=report, data=images)
+
+    return shared("evaluated", evaluate_and_export)
 
 
 @pytest.fixture(scope="session")

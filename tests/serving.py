@@ -22,6 +22,8 @@ default_transport: Transport = "grpc"
 
 _T = TypeVar("_T")
 _LIMIT_S = 60.0
+# What a test lets take its time takes it in processor time, which may be long in coming on a busy machine.
+PATIENT_WATCHDOG_S = 600.0
 
 
 @functools.cache
@@ -82,7 +84,15 @@ def running_server(models_dir: Path, **settings: Any) -> Iterator[RunningServer]
     """
     chosen = Settings(
         models=models_dir,
-        **{"port": 0, "device": "cpu", "metrics_port": 0, "drain_s": 10.0, "transport": default_transport, **settings},
+        **{
+            "port": 0,
+            "device": "cpu",
+            "metrics_port": 0,
+            "drain_s": 10.0,
+            "watchdog_s": PATIENT_WATCHDOG_S,
+            "transport": default_transport,
+            **settings,
+        },
     )
     server: Any = EnvoyServer(chosen) if chosen.transport == "envoy" else RunningServer(chosen)
     try:

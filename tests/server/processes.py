@@ -13,7 +13,11 @@ from pathlib import Path
 import serving
 
 ENVIRONMENT = {name: value for name, value in os.environ.items() if not name.startswith(("VAESERVE_", "GRPC_"))}
-ENVIRONMENT |= {"VAESERVE_TRANSPORT": serving.default_transport, "VAESERVE_METRICS_PORT": "0"}
+ENVIRONMENT |= {
+    "VAESERVE_TRANSPORT": serving.default_transport,
+    "VAESERVE_METRICS_PORT": "0",
+    "VAESERVE_WATCHDOG_S": str(serving.PATIENT_WATCHDOG_S),
+}
 COMMAND = [sys.executable, "-m", "vaeserve_server"]
 
 

@@ -320,7 +320,7 @@ def violation(error: grpc.RpcError) -> str:
 @pytest.mark.parametrize("kind", [kind for kind in TABLE if kind not in ITS_OWN])
 def test_the_native_errors_are_here_in_the_same_words(kind: str, channel: grpc.Channel, oip: Any) -> None:
     native_request, code, _, words = TABLE[kind]
-    if isinstance(native_request, pb.SampleRequest):
+    if isinstance(native_request, pb.SampleRequest) and not native_request.HasField("seed"):
         native_request = pb.SampleRequest.FromString(native_request.SerializeToString())
         native_request.seed = 7
     stub = vae_pb2_grpc.VaeServiceStub(channel)
@@ -329,7 +329,7 @@ def test_the_native_errors_are_here_in_the_same_words(kind: str, channel: grpc.C
     error = failure(lambda: oip.ModelInfer(translated(native_request)))
     assert error.code() == native.code() == code
     assert error.details().startswith(words)
-    assert error.details() == native.details() or words == "row "  # which row is told of depends on what ran first
+    assert error.details() == native.details()
     assert violation(error).startswith(("inputs.", "parameters.")) == (code == INVALID)
 
 

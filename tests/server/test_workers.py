@@ -212,10 +212,10 @@ def own_connection(target: str) -> grpc.Channel:
 
 
 def start_slow_call(channel: grpc.Channel) -> grpc.Future:
-    """Send a call of half a second and return once a worker has it: calls arrive in order on one connection."""
+    """Send a call that takes a while and return once a worker has it: calls arrive in order on one connection."""
     stub = vae_pb2_grpc.VaeServiceStub(channel)
     stub.ListModels(pb.ListModelsRequest())
-    images = tensors.to_tensor(np.full((1, *IMAGE), 0.01, np.float32))
+    images = tensors.to_tensor(np.full((1, *IMAGE), 0.005, np.float32))
     call = stub.Encode.future(pb.EncodeRequest(model=pb.ModelRef(name="slow"), images=images))
     stub.ListModels(pb.ListModelsRequest())
     return call

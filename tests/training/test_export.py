@@ -21,6 +21,7 @@ from google.protobuf.message import Message
 from numpy.typing import NDArray
 from torch import nn
 
+from conftest import reuse_graphs
 from vaeserve.v1 import vae_pb2
 from vaeserve_training import bundle, checkpoint, onnx_graphs, parity
 from vaeserve_training.__main__ import main
@@ -77,9 +78,7 @@ def messages(message: Message) -> Iterator[Message]:
 @pytest.fixture
 def ready_graphs(bundle_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Spare the seconds that PyTorch's exporter takes, where a test is about something else."""
-    contents = {file: (bundle_dir / file).read_bytes() for file in GRAPH_FILES}
-    monkeypatch.setattr(onnx_graphs, "build_encoder", lambda *_: contents[bundle.ENCODER_FILE])
-    monkeypatch.setattr(onnx_graphs, "build_decoder", lambda *_: contents[bundle.DECODER_FILE])
+    reuse_graphs(bundle_dir, monkeypatch)
     monkeypatch.setattr(parity, "measure", lambda *_: [])
 
 

@@ -1,5 +1,6 @@
 """Every step of the ladder on a handful of images: its claims, and not only that it runs."""
 
+import functools
 import json
 import multiprocessing
 import subprocess
@@ -90,16 +91,27 @@ def few(data):
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory, data, one_thread):
-    """A folder that the whole ladder was run in."""
-    out = tmp_path_factory.mktemp("ladder")
-    climb.climb(HANDFUL, data, out, device="cpu", workers=1)
-    return out
+def folder(tmp_path_factory):
+    """The folder of the one ladder that is climbed here, by `step`."""
+    return tmp_path_factory.mktemp("ladder")
 
 
 @pytest.fixture(scope="module")
-def results(folder):
-    return {step["number"]: step for step in json.loads((folder / climb.RESULTS).read_bytes())["steps"]}
+def step(folder, data, one_thread):
+    """Climb a step, if it was not yet, and return its results: one at a time, or a test would wait for all of them."""
+
+    def climbed(number):
+        climb.climb(HANDFUL, data, folder, numbers=(number,), device="cpu", workers=1)
+        found = json.loads((folder / climb.RESULTS).read_bytes())["steps"]
+        return next(result for result in found if result["number"] == number)
+
+    return functools.cache(climbed)
+
+
+@pytest.fixture
+def results(step):
+    """The results of the whole ladder."""
+    return {number: step(number) for number in STEPS}
 
 
 @pytest.fixture
@@ -108,21 +120,21 @@ def lab(folder, data):
 
 
 @pytest.mark.parametrize("number", STEPS)
-def test_claims_of_a_step(results, number):
-    step = results[number]
-    broken = {claim["claim"] for claim in step["claims"] if not claim["held"]}
-    assert step["claims"]
-    assert broken == DO_NOT_HOLD.get(number, set()), [claim for claim in step["claims"] if not claim["held"]]
+def test_claims_of_a_step(step, number):
+    claims = step(number)["claims"]
+    broken = {claim["claim"] for claim in claims if not claim["held"]}
+    assert claims
+    assert broken == DO_NOT_HOLD.get(number, set()), [claim for claim in claims if not claim["held"]]
 
 
 @pytest.mark.parametrize("number", STEPS)
-def test_every_picture_of_a_step_is_there_and_says_the_sizes(results, folder, number):
-    step = results[number]
-    assert step["pictures"]
-    for picture in step["pictures"]:
+def test_every_picture_of_a_step_is_there_and_says_the_sizes(step, folder, number):
+    result = step(number)
+    assert result["pictures"]
+    for picture in result["pictures"]:
         assert (folder / picture["file"]).read_bytes().startswith(b"\x89PNG")
-    assert "seed 0" in step["sizes"]
-    assert "training image" in step["sizes"]
+    assert "seed 0" in result["sizes"]
+    assert "training image" in result["sizes"]
 
 
 def test_only_the_source_of_the_code_differs_between_autoencoder_and_vae():
@@ -202,6 +214,7 @@ def test_a_damaged_cache_entry_is_named(data, tmp_path):
         cache.trained_system(store, spec, data, device="cpu")
 
 
+@pytest.mark.usefixtures("results")
 def test_a_finished_ladder_trains_and_measures_nothing(folder, data, monkeypatch):
     before = (folder / climb.RESULTS).read_bytes()
     monkeypatch.setattr(cache, "train", None)
@@ -273,12 +286,13 @@ def test_saved_codes_are_decoded_in_another_process(lab, folder):
     codes_file, images_file = folder / "codes.npz", folder / "images.npz"
     latent = torch.randn(5, 8, generator=torch.Generator().manual_seed(0))
     np.savez(codes_file, codes=latent.numpy())
+    trained = lab.trained(spec).system
     entry = lab.cache.path(cache.system_key(spec, lab.data))
     command = [sys.executable, "-m", "vaeserve_training.ladder.decode", str(entry), str(codes_file), str(images_file)]
     subprocess.run(command, check=True, timeout=120)
     with np.load(images_file) as arrays:
         later = arrays["images"]
-    assert np.abs(later - lab.trained(spec).system.decode(latent).numpy()).max() < 1e-6
+    assert np.abs(later - trained.decode(latent).numpy()).max() < 1e-6
 
 
 def test_the_classifier_knows_the_digits(lab):
@@ -371,6 +385,7 @@ def test_the_report_escapes_what_it_is_told(data, tmp_path):
     assert "<script>" not in (tmp_path / climb.REPORT).read_text()
 
 
+@pytest.mark.usefixtures("results")
 def test_the_report_opens_without_a_complaint_or_an_outside_request(folder, tmp_path):
     browser = find_browser()
     if browser is None:

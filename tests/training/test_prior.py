@@ -15,6 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from conftest import reuse_graphs
 from runs import tiny_config, tiny_data
 from serving import running_server
 from vaeserve import Client
@@ -195,8 +196,9 @@ def test_the_card_lists_a_third_graph_under_another_digest(published: Path, bund
 
 
 def test_the_same_prior_gives_the_same_bytes(
-    fitted: FittedPrior, model: Checkpoint, published: Path, tmp_path: Path
+    fitted: FittedPrior, model: Checkpoint, published: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    reuse_graphs(published, monkeypatch)
     again = export(model.path, tmp_path, name="mnist", prior=fitted)
     assert (again / bundle.PRIOR_FILE).read_bytes() == (published / bundle.PRIOR_FILE).read_bytes()
 
