@@ -120,9 +120,13 @@ class VaeService:
         return self._repository
 
     def _retry_after_s(self, role: int) -> float | None:
-        engines = self._repository.engines if self._repository else []
-        queues = [engine.full_queue(role) for engine in engines]
-        return min((queue.retry_after_s() for queue in queues if queue), default=None) if all(queues) else None
+        retries_s = []
+        for engine in self._repository.engines if self._repository else ():
+            queue = engine.full_queue(role)
+            if queue is None:  # as is nearly always so: every call asks
+                return None
+            retries_s.append(queue.retry_after_s())
+        return min(retries_s, default=None)
 
     def _engine(self, model: vae_pb2.ModelRef) -> Engine:
         return self.repository().resolve(model.name, model.version, model.digest)
