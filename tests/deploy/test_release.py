@@ -7,6 +7,7 @@ from the archive alone (the editable install's .pth file is not among what is bo
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import sysconfig
@@ -22,6 +23,7 @@ from vaeserve import __version__
 
 REPOSITORY = Path(__file__).parents[2]
 LIST_SOURCES = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
+ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}  # which may name a checkout
 PACKAGES = {"vaeserve", "vaeserve_server", "vaeserve_training"}
 SESSION = """
 import numpy as np, sys
@@ -47,7 +49,7 @@ class Environment:
 
 
 def _run(command: list[str], cwd: Path) -> str:
-    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(command, cwd=cwd, env=ENVIRONMENT, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, f"{command}: {done.stdout}{done.stderr}"
     return done.stdout
 
@@ -120,7 +122,9 @@ def test_a_released_server_answers_a_released_client(environment: Environment, m
     """Start, health, encode, decode, SIGTERM."""
     command = environment.command("vaeserve-server", "--models", str(models_dir), "--device", "cpu", "--port", "0")
     command += ["--metrics-port", "0"]
-    with subprocess.Popen(command, cwd=environment.folder, stdout=subprocess.PIPE, text=True) as server:
+    with subprocess.Popen(
+        command, cwd=environment.folder, env=ENVIRONMENT, stdout=subprocess.PIPE, text=True
+    ) as server:
         try:
             assert server.stdout is not None
             ready = server.stdout.readline().split()
