@@ -83,15 +83,6 @@ def checkpoint_dir(shared: Shared) -> Path:
     return shared("run", train)
 
 
-def reuse_graphs(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Spare an export of that bundle's weights the seconds that PyTorch's exporter takes."""
-    from vaeserve_training import onnx_graphs
-
-    encoder, decoder = ((bundle / f"{role}.onnx").read_bytes() for role in ("encoder", "decoder"))
-    monkeypatch.setattr(onnx_graphs, "build_encoder", lambda *_: encoder)
-    monkeypatch.setattr(onnx_graphs, "build_decoder", lambda *_: decoder)
-
-
 def _exported(checkpoint_dir: Path, folder: Path, **options: Any) -> Path:
     from vaeserve_training.export import export
 
@@ -116,6 +107,7 @@ def evaluated_models_dir(checkpoint_dir: Path, bundle_dir: Path, shared: Shared)
     """The same with its figures on the test images in the card, the latents' statistics among them."""
 
     def evaluate_and_export(folder: Path) -> Path:
+        from known_graphs import reuse_graphs
         from vaeserve_training import checkpoint, data
         from vaeserve_training.evaluate import evaluate
 

@@ -64,7 +64,7 @@ def write_tensor(array: NDArray[np.generic], tensor: vae_pb2.Tensor) -> None:
         array = array.astype(_NUMPY_DTYPES[wire_dtype])
     tensor.dtype = wire_dtype
     tensor.shape.extend(array.shape)
-    tensor.data = array.tobytes()
+    tensor.data = np.asarray(array).tobytes()  # a masked array's own would put its fill value in
 
 
 def from_tensor(tensor: vae_pb2.Tensor) -> NDArray[np.generic]:

@@ -285,7 +285,8 @@ class Stream:
         sending = asyncio.ensure_future(self._send({"type": "http.response.body", "body": body, "more_body": True}))
         # pyvoy could not complete it if this task, when it is cancelled, took it along; so nobody may be left to look.
         sending.add_done_callback(lambda done: done.cancelled() or done.exception())
-        await asyncio.shield(sending)
+        await asyncio.wait({sending})  # a shield would complain, from Python 3.14 on, of what fails after the task
+        sending.result()
 
     async def _chunk(self) -> tuple[bytes, bool]:
         event = await self._receive()

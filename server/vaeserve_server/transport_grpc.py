@@ -9,8 +9,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-from collections.abc import AsyncIterator, Awaitable, Callable
-from typing import Any
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from contextlib import aclosing
+from typing import Any, cast
 
 import grpc
 import grpc.aio
@@ -209,8 +210,15 @@ def _standard(handler: Any, unpack: _Unpack) -> Any:
             yield response
 
     async def stream_stream(payloads: AsyncIterator[bytes], context: _Context) -> AsyncIterator[Any]:
-        requests = (await parsed(payload, context) async for payload in payloads)
-        async for response in handler.stream_stream(requests, context):
+        async def requests() -> AsyncIterator[Any]:
+            received = cast("AsyncGenerator[bytes, None]", aiter(payloads))
+            async with aclosing(received):  # it has the last payload, and is in the circle as well
+                async for payload in received:
+                    request = parsed(payload, context)
+                    del payload
+                    yield await request
+
+        async for response in handler.stream_stream(requests(), context):
             yield response
 
     serialize = {"response_serializer": handler.response_serializer}

@@ -71,3 +71,8 @@ def test_a_message_that_is_not_one_array_is_refused_by_field(field, message):
     with pytest.raises(tensors.TensorError) as caught:
         tensors.from_tensor(message)
     assert caught.value.field == field
+
+
+def test_of_a_masked_array_the_elements_under_the_mask_are_sent() -> None:
+    masked = np.ma.masked_array(np.array([7, 8], np.uint8), mask=[False, True])
+    assert tensors.to_tensor(masked).data == bytes([7, 8])

@@ -18,6 +18,7 @@ from vaeserve.v1 import vae_pb2 as pb
 LIST_MODELS = "/vaeserve.v1.VaeService/ListModels"
 ENCODE = "/vaeserve.v1.VaeService/Encode"
 HEALTH = "/grpc.health.v1.Health/Check"
+REFLECTION = "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo"
 EXHAUSTED = str(grpc.StatusCode.RESOURCE_EXHAUSTED.value[0])
 LIMIT_MIB = 32  # the default of --max-message-bytes
 GIB = 2**30
@@ -78,6 +79,7 @@ def test_a_claim_of_gibibytes_is_not_believed(served: Served, length: int) -> No
         (LIST_MODELS, lambda text: b"\xff" + text.encode()),
         (ENCODE, lambda text: pb.EncodeRequest(model=pb.ModelRef(name=text)).SerializeToString()),
         (HEALTH, lambda text: b"\xff" + text.encode()),
+        (REFLECTION, lambda text: b"\xff" + text.encode()),
         (HEALTH, lambda text: health_pb2.HealthCheckRequest(service=text).SerializeToString()),
     ],
 )

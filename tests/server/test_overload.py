@@ -6,6 +6,7 @@ import logging
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import grpc
 import numpy as np
@@ -13,10 +14,14 @@ import pytest
 from google.rpc import error_details_pb2, status_pb2
 
 from bundles import ENCODER, brittle_encoder, slow_encoder, write_bundle
+from http2 import Connection
 from serving import RunningServer, queued_rows, running_server
 from vaeserve import tensors
 from vaeserve.v1 import vae_pb2 as pb
 from vaeserve.v1 import vae_pb2_grpc
+from vaeserve_server.service import VaeService
+
+_ENCODE = "/vaeserve.v1.VaeService/Encode"
 
 Stub = vae_pb2_grpc.VaeServiceStub
 IMAGE, LATENT = (1, 4, 4), (3,)
@@ -136,13 +141,31 @@ def test_while_not_one_row_fits_calls_are_refused_unread(slow_server: RunningSer
     slow = occupy(slow_server, stub, MUCH_TOO_LONG)
     queued = stub.Encode.future(request(rows=2000))
     slow_server.until(lambda server: queued_rows(server) == 2000)
-    error = failure(channel.unary_unary("/vaeserve.v1.VaeService/Encode", None, None).future(b"\xff no message"))
+    error = failure(channel.unary_unary(_ENCODE, None, None).future(b"\xff no message"))
     assert error.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
     assert error.details().startswith("the queue is full; try again in ")
     assert int(dict(error.trailing_metadata())["grpc-retry-pushback-ms"]) > 0
+    with Connection(slow_server.target) as connection:  # whose request never comes
+        assert connection.outcome(connection.open(_ENCODE)) == str(grpc.StatusCode.RESOURCE_EXHAUSTED.value[0])
     assert stub.Sample(pb.SampleRequest(count=1)).images.shape[0] == 1  # the decoder's queue is another one
     for call in (slow, queued):
         call.cancel()
+
+
+@pytest.mark.parametrize(
+    ("queues", "retry_s"), [((), None), ((2.0, None), None), ((None, 2.0), None), ((3.0, 2.0), 2.0)]
+)
+def test_calls_are_refused_unread_only_while_every_models_queue_is_full(
+    queues: tuple[float | None, ...], retry_s: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    service = VaeService()
+    engines = [SimpleNamespace(full_queue=lambda _, wait_s=wait_s: _full(wait_s)) for wait_s in queues]
+    monkeypatch.setattr(service, "_repository", SimpleNamespace(engines=engines))
+    assert service.retry_encode_s() == service.retry_decode_s() == retry_s
+
+
+def _full(wait_s: float | None) -> SimpleNamespace | None:
+    return None if wait_s is None else SimpleNamespace(retry_after_s=lambda: wait_s)
 
 
 def test_a_call_larger_than_the_queue_is_told_not_to_come_back(slow_server: RunningServer, stub: Stub) -> None:

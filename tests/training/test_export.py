@@ -21,7 +21,7 @@ from google.protobuf.message import Message
 from numpy.typing import NDArray
 from torch import nn
 
-from conftest import reuse_graphs
+from known_graphs import reuse_graphs
 from vaeserve.v1 import vae_pb2
 from vaeserve_training import bundle, checkpoint, onnx_graphs, parity
 from vaeserve_training.__main__ import main

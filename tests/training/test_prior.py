@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from conftest import reuse_graphs
+from known_graphs import reuse_graphs
 from runs import tiny_config, tiny_data
 from serving import running_server
 from vaeserve import Client
