@@ -27,7 +27,7 @@ WINDOW_ROWS = 4096
 """Rows after which an old row weighs 1 / e of a new one."""
 STEP_ROWS = 32
 """Rows, at least, by which the running figures move on."""
-_MAX_ROWS_PER_RUN = 64
+_MAX_ROWS_PER_RUN = 128
 _TINY = float(np.finfo(np.float32).tiny)
 
 
@@ -68,7 +68,7 @@ class LatentHealth:
         return watched_run
 
     def add(self, mean: Floats, stddev: Floats) -> None:
-        """Take in the posteriors of a run, each float32 `(N, *latent_shape)`: all rows, or 33 to 64 of a larger run's.
+        """Take in the posteriors of a run, each float32 `(N, *latent_shape)`: all rows, or 65 to 128 of a larger run's.
 
         A run that is not finite is left out.
         """
