@@ -240,11 +240,6 @@ class Engine:
         """Take in the condition of a graph: break off runs that do not end, and say so."""
         if self._closed:
             return
-        for role, condition in self._conditions.items():
-            if condition.stalled:
-                self._graphs[role].stop()
-            else:
-                self._graphs[role].resume()
         problems = [(role, condition.problem) for role, condition in self._conditions.items() if condition.problem]
         self.problem = "; ".join(f"{problem} in its {_GRAPH_NAMES[role]}" for role, problem in problems)
         if self.problem:
@@ -252,6 +247,12 @@ class Engine:
         else:
             _log.info("model serves again", extra={"fields": {"model": self.label}})
         self.on_change()
+        # Last: a run that ends at once may be back before watchers of health have heard that there was a problem.
+        for role, condition in self._conditions.items():
+            if condition.stalled:
+                self._graphs[role].stop()
+            else:
+                self._graphs[role].resume()
 
     def _end_watch(self) -> None:
         self._closed = True
