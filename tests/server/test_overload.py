@@ -147,8 +147,9 @@ def test_while_not_one_row_fits_calls_are_refused_unread(slow_server: RunningSer
     assert int(dict(error.trailing_metadata())["grpc-retry-pushback-ms"]) > 0
     with Connection(slow_server.target) as connection:  # whose request never comes
         assert connection.outcome(connection.open(_ENCODE)) == str(grpc.StatusCode.RESOURCE_EXHAUSTED.value[0])
-    assert stub.Sample(pb.SampleRequest(count=1)).images.shape[0] == 1  # the decoder's queue is another one
-    for call in (slow, queued):
+    sample = stub.Sample.future(pb.SampleRequest(count=1))
+    slow_server.until(lambda server: queued_rows(server) == 2001)  # the decoder's queue is another one
+    for call in (slow, queued, sample):
         call.cancel()
 
 
