@@ -20,8 +20,8 @@ from vaeserve.v1 import vae_pb2
 from vaeserve_training import objectives
 from vaeserve_training.compute import as_tensor
 from vaeserve_training.config import LikelihoodName
+from vaeserve_training.convolutions import FastConvolutions
 from vaeserve_training.data import ImageData
-from vaeserve_training.deconvolution import FastDeconvolutions
 from vaeserve_training.models import Vae
 from vaeserve_training.objectives import Observation, Posterior, Prior
 from vaeserve_training.randomness import BLOCK_IMAGES, Stream, generator, image_noise
@@ -294,7 +294,7 @@ def evaluating(vae: Vae) -> Iterator[torch.device]:
     vae.eval()
     try:
         cudnn = torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
-        with torch.no_grad(), cudnn, FastDeconvolutions():
+        with torch.no_grad(), cudnn, FastConvolutions():
             yield next(vae.parameters()).device
     finally:
         vae.train(was_training)

@@ -20,6 +20,7 @@ from vaeserve_training.board import PICTURES, Board
 from vaeserve_training.checkpoint import DatasetInfo, Progress
 from vaeserve_training.compute import autocast, choose_device, describe_environment, place
 from vaeserve_training.config import TrainConfig
+from vaeserve_training.convolutions import FastConvolutions
 from vaeserve_training.data import ImageData
 from vaeserve_training.evaluate import bound, optimal_sigma
 from vaeserve_training.models import Vae, build
@@ -120,7 +121,7 @@ class Trainer:
         uniform = None if likelihood == "mse" else torch.rand(pixels.shape, generator=source, device=self.device)
         noise_shape = (objective.samples, len(batch), self.vae.latent_size)
         noise = torch.randn(noise_shape, generator=source, device=self.device)
-        with autocast(config.run, self.device):
+        with FastConvolutions(), autocast(config.run, self.device):
             losses, terms = objectives.losses(
                 self.vae,
                 objectives.observe(pixels, uniform, likelihood),
