@@ -110,11 +110,11 @@ class OptimiserConfig(Section):
 
     algorithm: Literal["adamw", "adam"] = "adamw"
     """The optimiser."""
-    epochs: Positive = 8
+    epochs: Positive = 4
     """Passes over the training images."""
     batch_size: Positive = 128
     """Images per step."""
-    learning_rate: Annotated[float, Field(gt=0)] = 2e-3
+    learning_rate: Annotated[float, Field(gt=0)] = 4e-3
     """Highest learning rate."""
     warmup_steps: Count = 200
     """Steps over which the learning rate rises linearly from 0."""

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from vaeserve_training import objectives
 from vaeserve_training.compute import autocast, choose_device, cpu_threads, place
+from vaeserve_training.convolutions import FastConvolutions
 from vaeserve_training.data import ImageData
 from vaeserve_training.ladder.systems import Spec, System, build
 from vaeserve_training.optimiser import learning_rate, make_average, make_optimiser, rate_weight, update_average
@@ -128,7 +129,7 @@ class _Run:
         uniform = None if likelihood == "mse" else torch.rand(pixels.shape, generator=self.random, device=self.device)
         noise = torch.randn((len(rows), self.system.latent_size), generator=self.random, device=self.device)
         observation = objectives.observe(pixels, uniform, likelihood)
-        with autocast(config.run, self.device):
+        with FastConvolutions(), autocast(config.run, self.device):
             code = self.system.code(observation.encoder_input, rows, noise)
             distortion = objectives.distortion(self.system, code.latent, observation.target, likelihood)
         loss = (distortion + rate_weight(config.objective, self.steps) * code.rate).mean()
