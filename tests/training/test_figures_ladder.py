@@ -124,6 +124,14 @@ def test_bars_are_as_long_as_their_figures(monkeypatch, tmp_path):
     assert [text.get_text() for text in figure.axes[0].get_yticklabels()] == ["first", "second"]
 
 
+def test_a_bar_that_no_seed_changes_has_no_spread(monkeypatch, tmp_path):
+    bars = Bars("distance", "nats", [(1.0, 3.0), (5.0,)])
+    figure = drawn_by(monkeypatch, lambda: figures.bar_chart(tmp_path / "bars.png", ["three", "one"], [bars], note=""))
+    (errors,) = figure.axes[0].containers[0].lines[2]
+    ends = [segment[:, 0].tolist() for segment in errors.get_segments()]
+    assert ends == [pytest.approx([2 - 2**0.5, 2 + 2**0.5]), [5.0, 5.0]]
+
+
 def test_equal_data_give_equal_bytes(tmp_path):
     panel = Panel(x_label="x", y_label="y", series=[Series("", [1, 2], [1, 2])])
     first, second = (figures.chart(tmp_path / name, [panel], note="n").read_bytes() for name in ("a.png", "b.png"))

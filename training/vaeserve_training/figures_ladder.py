@@ -191,8 +191,13 @@ class Series:
     def over_seeds(cls, label: str, x: Sequence[float], figures: Sequence[Sequence[float]]) -> Self:
         """Return the means and standard deviations of several figures for each x, one per seed."""
         several = len(figures[0]) > 1
-        spread = [float(np.std(values, ddof=1)) for values in figures] if several else ()
+        spread = [_spread(values) for values in figures] if several else ()
         return cls(label, list(x), [float(np.mean(values)) for values in figures], spread)
+
+
+def _spread(values: Sequence[float]) -> float:
+    """Return the standard deviation over the seeds, 0 for a single one."""
+    return float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
 
 
 @dataclass(frozen=True)
@@ -282,7 +287,7 @@ def _label_log_axis(axis: Axis) -> None:
 
 @dataclass(frozen=True)
 class Bars:
-    """A figure for each of several things, one value per seed."""
+    """A figure for each of several things, one value per seed, or a single one where no seed enters."""
 
     title: str
     x_label: str
@@ -301,7 +306,9 @@ def bar_chart(path: Path, names: Sequence[str], panels: Sequence[Bars], *, note:
     rows = np.arange(len(names))[::-1]
     for number, (axes, panel) in enumerate(zip(np.atleast_1d(figure.subplots(1, len(panels))), panels, strict=True)):
         means = [float(np.mean(values)) for values in panel.values]
-        spread = [float(np.std(values, ddof=1)) for values in panel.values] if len(panel.values[0]) > 1 else None
+        spread = (
+            [_spread(values) for values in panel.values] if any(len(values) > 1 for values in panel.values) else None
+        )
         axes.barh(rows, means, xerr=spread, height=0.6, color=PALETTE[1], ecolor=TEXT_COLOUR, capsize=3)
         for row, value in zip(rows, means, strict=True):
             axes.annotate(
