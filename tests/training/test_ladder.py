@@ -64,6 +64,95 @@ DO_NOT_HOLD = {
         "Codes of unseen images hold them better in the VAE, with 1 024 training images.",
     },
 }
+# What a step is to show and measure: columns, rows, titles and measures that its results must have, and pictures.
+SHOWN = {
+    1: {"mean squared error after training", "01-over-training.png"},
+    2: {
+        "mean squared error of the worst image",
+        "optimiser steps",
+        "mean squared error to the nearest memorised image",
+        "02-steps.png",
+        "02-unseen.png",
+    },
+    3: {
+        "fixed: images",
+        "learned: images",
+        "fixed: midpoints to the nearest image",
+        "learned: midpoints to the nearest image",
+        "03-dimension.png",
+        "03-midpoints.png",
+    },
+    4: {
+        "mean squared error, unseen images",
+        "largest difference of a pixel, on the scale 0..1",
+        "FID-LeNet of images from N(0, I)",
+        "04-reconstructions.png",
+        "04-samples.png",
+    },
+    5: {
+        "-ELBO",
+        "distortion",
+        "rate",
+        "active units of 8",
+        "difference to the Monte Carlo estimate, in its standard errors",
+        "mean squared error + KL",
+        "squared error, sigma learned",
+        "05-kl.png",
+    },
+    6: {
+        "autoencoder, N(0, I)",
+        "VAE, N(0, I)",
+        "VAE, flow fitted to its codes",
+        "unseen images themselves (floor)",
+        "FID-LeNet",
+        "precision",
+        "recall",
+        "nearer to training images",
+        "06-samples.png",
+        "06-nearest.png",
+    },
+    7: {
+        "distortion",
+        "rate",
+        "marginal KL, sum",
+        "Marginal KL of each latent in nats, falling",
+        "AUC",
+        "share of log N",
+        "07-rate-distortion.png",
+    },
+    8: {
+        "taken for the other",
+        "capacity, bits",
+        "Gaussian inputs, bits",
+        "the names, bits",
+        "The VAE's latents as such channels, in bits",
+        "08-channel.png",
+        "08-latents.png",
+    },
+    9: {
+        "Posterior standard deviation of each latent, by falling KL",
+        "KL of each latent in nats, falling",
+        "active units of 8",
+        "09-over-beta.png",
+        "09-over-training.png",
+    },
+    10: {
+        "gap, nats",
+        "samples, N(0, I)",
+        "midpoints of codes of unseen images",
+        "mean squared error, unseen",
+        "10-errors.png",
+        "10-quality.png",
+    },
+    11: {
+        "-ELBO of unseen images, nats",
+        "FID-LeNet of samples",
+        "11-reconstructions.png",
+        "11-samples.png",
+        "11-manifold.png",
+        "11-interpolation.png",
+    },
+}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -125,6 +214,36 @@ def test_claims_of_a_step(step, number):
     broken = {claim["claim"] for claim in claims if not claim["held"]}
     assert claims
     assert broken == DO_NOT_HOLD.get(number, set()), [claim for claim in claims if not claim["held"]]
+
+
+@pytest.mark.parametrize("number", STEPS)
+def test_a_step_shows_and_measures_all_that_it_is_to(step, folder, number):
+    result = step(number)
+    words = {claim["measure"] for claim in result["claims"]} | {picture["file"] for picture in result["pictures"]}
+    for table in result["tables"]:
+        words |= {table["title"], *table["columns"], *(str(row[0]) for row in table["rows"])}
+    assert words >= SHOWN[number]
+    report = (folder / climb.REPORT).read_text()
+    assert [word for word in SHOWN[number] if not word.endswith(".png") and page.escape(word) not in report] == []
+
+
+def test_the_figures_of_each_latent_add_up(step):
+    def table(number, title):
+        (found,) = (table for table in step(number)["tables"] if table["title"].startswith(title))
+        return [[cell if isinstance(cell, str) else cell[0] for cell in row[1:]] for row in found["rows"]]
+
+    aggregate = table(7, "Rate, distortion")
+    for (_, _, total, largest, _), latents in zip(aggregate, table(7, "Marginal KL of each"), strict=True):
+        assert len(latents) == 8
+        assert latents == sorted(latents, reverse=True)
+        assert (sum(latents), latents[0]) == pytest.approx((total, largest))
+    together = table(9, "Over the weight") + table(9, "Over training")
+    stddev, kl = table(9, "Posterior standard deviation"), table(9, "KL of each")
+    assert len(together) == len(HANDFUL.betas) + len(HANDFUL.snapshots) + 1
+    for (mean, smallest, largest, total, _), widths, nats in zip(together, stddev, kl, strict=True):
+        assert nats == sorted(nats, reverse=True)
+        assert (sum(widths) / 8, min(widths), max(widths)) == pytest.approx((mean, smallest, largest))
+        assert sum(nats) == pytest.approx(total)
 
 
 @pytest.mark.parametrize("number", STEPS)
@@ -373,6 +492,8 @@ def test_the_report_holds_everything_and_says_what_does_not_hold(results, folder
     for step in results.values():
         for claim in step["claims"]:
             assert page.escape(claim["claim"]) in report
+        for table in step["tables"]:
+            assert all(page.escape(text) in report for text in (table["title"], table["note"], *table["columns"]))
     broken = sum(not claim["held"] for step in results.values() for claim in step["claims"])
     assert report.count(">does not hold<") == broken > 0
     assert "http://" not in report

@@ -33,7 +33,7 @@ from vaeserve_training.progress import Bar
 RESULTS = "results.json"
 REPORT = "report.html"
 _STEPS = "steps"
-_FORMAT = 1  # of a step's file; raised when the same sizes would no longer give the same figures
+_FORMAT = 2  # of a step's file; raised when the same sizes would no longer give the same figures, or not all of them
 
 logger = logging.getLogger(__name__)
 

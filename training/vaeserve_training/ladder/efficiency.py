@@ -13,7 +13,7 @@ from vaeserve_training.evaluate import Bound
 from vaeserve_training.figures_ladder import Panel, Series
 from vaeserve_training.ladder import specs
 from vaeserve_training.ladder.lab import Lab
-from vaeserve_training.ladder.results import Claim, Figures, Findings, Picture, Table
+from vaeserve_training.ladder.results import Claim, Figures, Findings, Picture, Table, latent_table
 from vaeserve_training.ladder.tradeoff import swept
 from vaeserve_training.ladder.wording import number, sizes
 from vaeserve_training.objectives import kl_divergence
@@ -56,6 +56,7 @@ def measure_efficiency(lab: Lab) -> Findings:
                 columns=("step", "mean stddev", "smallest", "largest", "KL in nats, sum", f"active units of {size}"),
                 rows=tuple((step, *_columns(of_step)) for step, of_step in over_training.items()),
             ),
+            *_latent_tables(over_beta, over_training),
         ),
         pictures=(
             Picture(
@@ -86,6 +87,24 @@ def _columns(latents: list[_Latents]) -> tuple[Figures, ...]:
         tuple(float(one.stddev.max()) for one in latents),
         tuple(float(one.kl_nats.sum()) for one in latents),
         tuple(float(one.active_units) for one in latents),
+    )
+
+
+def _latent_tables(
+    over_beta: dict[float, list[_Latents]], over_training: dict[int, list[_Latents]]
+) -> tuple[Table, ...]:
+    """Return the pictures' figures, latent by latent."""
+    rows = {f"beta {beta:g}": of_beta for beta, of_beta in over_beta.items()}
+    rows |= {f"beta 1, step {number(step)}": of_step for step, of_step in over_training.items()}
+    return (
+        latent_table(
+            "Posterior standard deviation of each latent, by falling KL",
+            {name: [one.stddev.tolist() for one in latents] for name, latents in rows.items()},
+        ),
+        latent_table(
+            "KL of each latent in nats, falling",
+            {name: [one.kl_nats.tolist() for one in latents] for name, latents in rows.items()},
+        ),
     )
 
 

@@ -6,6 +6,7 @@ The same object is the step's file on disk, its part of `results.json` and the s
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, computed_field
@@ -67,6 +68,19 @@ class Table(_Part):
     columns: tuple[str, ...]
     rows: tuple[tuple[Cell, ...], ...]
     note: str = ""
+
+
+def latent_table(title: str, rows: Mapping[str, Sequence[Sequence[float]]]) -> Table:
+    """Return a figure for each of D latents, a row for each system, which brings D figures for each seed."""
+    latents = len(next(iter(rows.values()))[0])
+    return Table(
+        title=title,
+        columns=("", *(str(rank + 1) for rank in range(latents))),
+        rows=tuple(
+            (name, *(tuple(of_seed[rank] for of_seed in of_row) for rank in range(latents)))
+            for name, of_row in rows.items()
+        ),
+    )
 
 
 class Picture(_Part):

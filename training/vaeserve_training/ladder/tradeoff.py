@@ -12,7 +12,7 @@ from vaeserve_training.figures_ladder import Panel, Series
 from vaeserve_training.ladder import specs
 from vaeserve_training.ladder.information import MutualInformation, marginal_kl, mutual_information, separability
 from vaeserve_training.ladder.lab import Draw, Lab
-from vaeserve_training.ladder.results import Claim, Figures, Findings, Picture, Table, ratios
+from vaeserve_training.ladder.results import Claim, Figures, Findings, Picture, Table, latent_table, ratios
 from vaeserve_training.ladder.scale import Scale
 from vaeserve_training.ladder.systems import Spec
 from vaeserve_training.ladder.training import Trained
@@ -73,7 +73,7 @@ def measure_tradeoff(lab: Lab) -> Findings:
     )
 
 
-def _tables(found: dict[float, list[_Aggregate]], posteriors: str) -> tuple[Table, Table]:
+def _tables(found: dict[float, list[_Aggregate]], posteriors: str) -> tuple[Table, ...]:
     ceiling = next(iter(found.values()))[0].information.ceiling_nats
     return (
         Table(
@@ -92,6 +92,13 @@ def _tables(found: dict[float, list[_Aggregate]], posteriors: str) -> tuple[Tabl
             ),
             note=f"Marginal KL: each latent's mixture of {posteriors} posteriors against N(0, 1), by quadrature. AUC: "
             "of a classifier that tells draws of the aggregate posterior from those of N(0, I); 0.5 is no difference.",
+        ),
+        latent_table(
+            "Marginal KL of each latent in nats, falling",
+            {
+                f"beta {beta:g}": [sorted(one.marginal_kl.tolist(), reverse=True) for one in of_beta]
+                for beta, of_beta in found.items()
+            },
         ),
         Table(
             title=f"Mutual information of image and code, at most log N = {ceiling:.2f} nats (N = {posteriors} images)",
