@@ -89,8 +89,9 @@ test-envoy: $(VENV)/.dev ## The server's and the client's tests with the server 
 fuzz: $(VENV)/.dev ## Hostile requests to every RPC, 200 000 unless told (ARGS="20000 --transport envoy")
 	@PYTHONPATH=tests:tests/server $(BIN)/python tests/server/fuzz.py $(ARGS)
 
-crash: $(VENV)/.dev ## Kill the trainer at 20 random moments, the exporter at every file operation; fill every disk
-	@VAESERVE_CRASHES=20 $(BIN)/python -m pytest -rP tests/training/test_crash.py tests/training/test_disks.py $(ARGS)
+crash: $(VENV)/.dev ## Kill the trainer at 20 moments, the ladder in each step, the exporter at every file operation; fill disks
+	@VAESERVE_CRASHES=20 $(BIN)/python -m pytest -rP \
+	  tests/training/test_crash.py tests/training/test_ladder_full.py tests/training/test_disks.py $(ARGS)
 
 test-protobuf7: ## The SDK alone, in an environment of its own with protobuf 7
 	@rm -rf .venv-protobuf7 && $(PYTHON) -m venv .venv-protobuf7
