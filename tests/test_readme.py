@@ -1,8 +1,8 @@
 """README's blocks do what they say. GPU blocks are only parsed: no GPU is here.
 
 A block's info string says what it is: `python` runs against a server, `bash cli` and `bash train` run as they stand,
-`bash ladder` climbs its first step, `bash make` is what .ci/run or a test here runs, `bash grpcurl` runs in the real
-one where it is there, else in ours.
+`bash ladder` climbs its first step, `bash large` runs in small in training/test_large.py, `bash make` is what .ci/run
+or a test here runs, `bash grpcurl` runs in the real one where it is there, else in ours.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def run(words: list[str], folder: Path, **variables: str) -> None:
 
 def test_every_block_is_of_a_kind_that_is_checked() -> None:
     known = {("python", "")} | {
-        ("bash", kind) for kind in ("make", "cli", "train", "ladder", "gpu", "docker", "grpcurl", "access")
+        ("bash", kind) for kind in ("make", "cli", "train", "ladder", "large", "gpu", "docker", "grpcurl", "access")
     }
     assert {(language, kind) for language, kind, _ in BLOCKS} <= known
 
