@@ -38,7 +38,7 @@ KILLS = [
     for kill_at in ("trained:8", "measured:2000")
     if kill_at.startswith("measured") or number in WITH_NETWORKS_OF_ITS_OWN
 ]
-SHORT = [(2, "trained:8", 2), (3, "measured:2000", 1)]
+SHORT = [(2, "trained:8", 1), (3, "measured:2000", 1)]  # starting processes takes long
 
 
 def steps_of(folder: Path) -> dict[int, dict[str, Any]]:
