@@ -58,6 +58,10 @@ WatchSignals = Callable[[Callable[[], None], Callable[[], None]], None]
 """Is given what to call on the event loop at each signal to stop, and at each to look at the models folder."""
 
 
+class GivenUpError(Exception):
+    """The server was asked to stop before it served."""
+
+
 class Server:
     """One server in the running event loop. `port` is the one listened on, once started."""
 
@@ -84,9 +88,14 @@ class Server:
         self._transport = new_transport(self._calls, self._health, settings.max_message_bytes)
         self.models = Models(settings, self._service.open, self._health.set_models)
         self._hurry = asyncio.Event()
+        self._loading: asyncio.Task[None] | None = None
+        self._given_up = False
 
     async def start(self) -> None:
-        """Listen, load and warm the models, then let health say SERVING. StartError if one of it cannot be done."""
+        """Listen, load and warm the models, then let health say SERVING. StartError if one of it cannot be done.
+
+        GivenUpError after `give_up_start`.
+        """
         await self._credentials.load()
         # The port first: that it is taken is known at once, and who calls early hears that the server is loading.
         # One of several workers listens last: while others can answer nobody need hear that.
@@ -124,6 +133,12 @@ class Server:
         for last in (self._metrics, self._tracer):  # so that they tell of the drain as well
             if last is not None:
                 await asyncio.to_thread(last.close)
+
+    def give_up_start(self) -> None:
+        """Do not wait for the models any longer: loading them can take minutes, or for ever. Later it does nothing."""
+        self._given_up = True
+        if self._loading is not None:
+            self._loading.cancel()
 
     def reload(self) -> None:
         """Look at the models folder now, and try again what was refused."""
@@ -165,7 +180,15 @@ class Server:
             self._calls.tracer = self._tracer = _new_tracer()
 
     async def _load(self) -> None:
-        await self.models.load()
+        self._loading = asyncio.create_task(self.models.load())
+        if self._given_up:
+            self._loading.cancel()
+        try:
+            await self._loading
+        except asyncio.CancelledError:
+            if self._given_up:
+                raise GivenUpError from None
+            raise
 
 
 def _oip_methods(service: VaeService, is_serving: Callable[[str], bool]) -> list[Method]:
@@ -200,9 +223,14 @@ async def serve(server: Server, watch_signals: WatchSignals) -> None:
         if asked_to_stop.is_set():
             server.hurry()
         asked_to_stop.set()
+        server.give_up_start()
 
     watch_signals(on_signal, server.reload)
-    await server.start()
+    try:
+        await server.start()
+    except GivenUpError:
+        _log.info("stopped before it served")
+        return
     sys.stdout.write(server.ready_line() + "\n")
     sys.stdout.flush()
     await asked_to_stop.wait()

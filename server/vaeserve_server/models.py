@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from threading import Thread
+from typing import TypeVar, cast
 
 from vaeserve_server.bundle import Bundle
 from vaeserve_server.cores import available_cores
@@ -23,6 +26,8 @@ OnServe = Callable[[Repository, Runtime], None]
 """Called on the event loop with what is served from now on."""
 OnHealth = Callable[[Mapping[str, bool]], None]
 """Called on the event loop with which models can answer, each as `name` (its newest version) and as `name/version`."""
+
+_T = TypeVar("_T")
 
 _log = logging.getLogger(__name__)
 
@@ -44,12 +49,12 @@ class Models:
 
     async def load(self) -> None:
         """Load, warm and serve what the models folder has, and begin to watch it; StartError if nothing is sound."""
-        self._runtime = await asyncio.to_thread(new_runtime, self._settings)
+        self._runtime = await _in_thread(partial(new_runtime, self._settings))
         self.pool = new_pool(self._settings, self._runtime)
         if self._settings.watchdog_s:
             self._watchdog = Watchdog(self.pool, self._settings.watchdog_s)
         self._loader = new_loader(self._settings, self._runtime, self.pool)
-        self._serve(await asyncio.to_thread(self._loader.first))
+        self._serve(await _in_thread(self._loader.first))
         self._reloader = Reloader(self._loader, self._settings.watch_s, self._serve)
         self._reloader.start()
 
@@ -107,6 +112,32 @@ class Models:
         if self._reloader is not None:
             self._reloader.tidy()
         _log.info("model unloaded", extra={"fields": {"model": engine.label, "digest": engine.card.digest}})
+
+
+async def _in_thread(work: Callable[[], _T]) -> _T:
+    """Return what `work` returns, done off the loop. The process's end waits for it no more than a cancelled caller."""
+    loop = asyncio.get_running_loop()
+    done: asyncio.Future[_T] = loop.create_future()
+
+    def settle(result: _T | None, error: BaseException | None) -> None:
+        if done.cancelled():
+            return
+        if error is not None:
+            done.set_exception(error)
+        else:
+            done.set_result(cast("_T", result))
+
+    def live() -> None:
+        result, failure = None, None
+        try:
+            result = work()
+        except BaseException as error:  # noqa: BLE001 - raised again in the caller
+            failure = error
+        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits
+            loop.call_soon_threadsafe(settle, result, failure)
+
+    Thread(target=live, name="load", daemon=True).start()
+    return await done
 
 
 def new_runtime(settings: Settings) -> Runtime:

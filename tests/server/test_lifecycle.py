@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from bundles import ENCODER, slow_encoder, write_bundle
+from bundles import ENCODER, endless_on_zeros, slow_encoder, write_bundle
 from processes import COMMAND, ENVIRONMENT, server_process
 from serving import running_server
 from vaeserve import tensors
@@ -107,6 +107,31 @@ def test_a_signal_drains_what_is_in_flight_and_exits_0(models: Path, number: sig
         status, log = process.end()
     assert status == 0
     assert "INFO draining delay_s=0.0 limit_s=30.0" in log
+    assert "Traceback" not in log
+
+
+def test_a_signal_ends_a_server_whose_models_do_not_come_to_load(tmp_path: Path) -> None:
+    """An orchestrator kills what does not end in time, however long it would have taken to serve."""
+    endless = endless_on_zeros(IMAGE, LATENT)
+    write_bundle(tmp_path, image_shape=IMAGE, latent_shape=LATENT, graphs={ENCODER: endless})
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        target = f"127.0.0.1:{taken.getsockname()[1]}"
+    command = [*COMMAND, "--models", str(tmp_path), "--port", target.rpartition(":")[2], "--device", "cpu"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT) as popen:
+        try:
+            with grpc.insecure_channel(target) as channel:
+                request = health_pb2.HealthCheckRequest()
+                early = health_pb2_grpc.HealthStub(channel).Check(request, wait_for_ready=True, timeout=30)
+                assert early.status == health_pb2.HealthCheckResponse.NOT_SERVING
+                with pytest.raises(grpc.RpcError, match="the server is loading its models; try again"):
+                    Stub(channel).ListModels(pb.ListModelsRequest())
+            popen.send_signal(signal.SIGTERM)
+            said, log = popen.communicate(timeout=30)
+        finally:
+            popen.kill()
+    assert popen.returncode == 0, log
+    assert said == ""
+    assert "INFO stopped before it served" in log
     assert "Traceback" not in log
 
 

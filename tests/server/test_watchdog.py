@@ -16,7 +16,7 @@ import onnxruntime
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from bundles import ENCODER, brittle_encoder, run_directly, slow_encoder, write_bundle
+from bundles import ENCODER, brittle_encoder, endless_on_zeros, run_directly, slow_encoder, write_bundle
 from metrics_page import scrape_until
 from serving import RunningServer, running_server
 from vaeserve import tensors
@@ -256,24 +256,11 @@ def test_a_graph_that_has_stopped_running_at_all_leaves_service_until_it_runs(
 def test_a_new_version_that_hangs_when_it_is_warmed_is_refused(
     models: Path, sessions: Sessions, channel: grpc.Channel, server: RunningServer
 ) -> None:
-    graph = {ENCODER: endless_on_zeros()}
+    graph = {ENCODER: endless_on_zeros(IMAGE, LATENT)}
     write_bundle(models, "works", "2", image_shape=IMAGE, latent_shape=LATENT, graphs=graph)
     server.server.reload()
     scrape_until(server, lambda page: page("vaeserve_refused_versions", model="works", version="2") == 1)
     assert Stub(channel).Encode(encode("works")).model.version == "1"
-
-
-def endless_on_zeros() -> Any:
-    """Return an encoder that takes a minute for black images."""
-    from onnx import helper
-
-    model = slow_encoder(IMAGE, LATENT)
-    for node in model.graph.node:
-        if node.op_type == "ReduceMax":
-            node.output[0] = "dark"
-            position = list(model.graph.node).index(node)
-    model.graph.node.insert(position + 1, helper.make_node("Cos", ["dark"], ["brightest"]))
-    return model
 
 
 def test_a_drain_does_not_wait_for_a_run_that_never_ends(
