@@ -59,8 +59,18 @@ def methods(service: VaeService, is_serving: Callable[[str], bool]) -> list[Meth
         "RepositoryIndex": face.repository_index,
         "ModelInfer": face.model_infer,
     }
+    # Which queue a call is for is known only once it is read, so it is refused unread while all of them are full.
+    retries: dict[str, Callable[[], float | None]] = {"ModelInfer": service.retry_any_s}
     offered = [
-        Method(_SERVICE.full_name, name, _parser(name), answer, MethodStats(name)) for name, answer in answers.items()
+        Method(
+            _SERVICE.full_name,
+            name,
+            _parser(name),
+            answer,
+            MethodStats(name),
+            retry_after_s=retries.get(name, lambda: None),
+        )
+        for name, answer in answers.items()
     ]
     others = MethodStats("NotOffered")
     return offered + [

@@ -61,6 +61,11 @@ class VaeService:
         """Return the same of Decode and Sample, which both end in the decoder."""
         return self._retry_after_s(DECODER)
 
+    def retry_any_s(self) -> float | None:
+        """Return the same of a call that may be any of them."""
+        encode_s, decode_s = self.retry_encode_s(), self.retry_decode_s()
+        return None if encode_s is None or decode_s is None else min(encode_s, decode_s)
+
     async def encode(self, request: vae_pb2.EncodeRequest, deadline: float) -> vae_pb2.EncodeResponse:
         """Images -> posterior mean and standard deviation, and latents where they are wanted."""
         engine = self._engine(request.model)

@@ -18,8 +18,9 @@ from tritonclient.grpc import InferenceServerClient, InferenceServerException, s
 
 from bundles import ENCODER, slow_encoder, write_bundle
 from certificates import Authority
-from oip_calls import add, inputs, request, scalars
+from oip_calls import add, inputs, request, scalars, translated
 from serving import RunningServer, queued_rows, running_server
+from vaeserve.v1 import vae_pb2 as pb
 from vaeserve_server import tokens
 from vaeserve_server.app import Server
 from vaeserve_server.tokens import TokenFile
@@ -44,9 +45,14 @@ def slow_server(tmp_path: Path) -> Iterator[RunningServer]:
 
 
 @pytest.fixture
-def oip(slow_server: RunningServer) -> Iterator[Any]:
-    with grpc.insecure_channel(slow_server.target) as channel:
-        yield service_pb2_grpc.GRPCInferenceServiceStub(channel)
+def channel(slow_server: RunningServer) -> Iterator[grpc.Channel]:
+    with grpc.insecure_channel(slow_server.target) as opened:
+        yield opened
+
+
+@pytest.fixture
+def oip(channel: grpc.Channel) -> Any:
+    return service_pb2_grpc.GRPCInferenceServiceStub(channel)
 
 
 def is_busy(server: Server) -> bool:
@@ -68,6 +74,25 @@ def test_a_full_queue_refuses_with_push_back(slow_server: RunningServer, oip: An
     error = failure(lambda: oip.ModelInfer(pixels(0.0)))
     assert error.code() == EXHAUSTED
     assert "grpc-retry-pushback-ms" in dict(error.trailing_metadata())
+
+
+def test_while_no_queue_takes_a_row_calls_are_refused_unread(
+    slow_server: RunningServer, oip: Any, channel: grpc.Channel
+) -> None:
+    calls = [oip.ModelInfer.future(pixels(MUCH_TOO_LONG))]
+    slow_server.until(is_busy)
+    calls.append(oip.ModelInfer.future(pixels(0.0, rows=10)))
+    slow_server.until(lambda server: queued_rows(server) == 10)
+    unread = channel.unary_unary("/inference.GRPCInferenceService/ModelInfer", None, None)
+    read = failure(lambda: unread(b"\xff no message"))  # for it may be for the decoder
+    assert read.code() == grpc.StatusCode.INVALID_ARGUMENT
+    calls.append(oip.ModelInfer.future(translated(pb.SampleRequest(model=pb.ModelRef(name="mnist"), count=10))))
+    slow_server.until(lambda server: queued_rows(server) == 20)
+    error = failure(lambda: unread(b"\xff no message"))
+    assert error.code() == EXHAUSTED
+    assert error.details().startswith("the queue is full; try again in ")
+    assert int(dict(error.trailing_metadata())["grpc-retry-pushback-ms"]) > 0
+    assert oip.ServerLive(service_pb2.ServerLiveRequest()).live
 
 
 def test_deadlines_and_timeouts_end_calls(slow_server: RunningServer, oip: Any) -> None:

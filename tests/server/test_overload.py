@@ -162,7 +162,7 @@ def test_calls_are_refused_unread_only_while_every_models_queue_is_full(
     service = VaeService()
     engines = [SimpleNamespace(full_queue=lambda _, wait_s=wait_s: _full(wait_s)) for wait_s in queues]
     monkeypatch.setattr(service, "_repository", SimpleNamespace(engines=engines))
-    assert service.retry_encode_s() == service.retry_decode_s() == retry_s
+    assert service.retry_encode_s() == service.retry_decode_s() == service.retry_any_s() == retry_s
 
 
 def _full(wait_s: float | None) -> SimpleNamespace | None:
