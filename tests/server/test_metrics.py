@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import http.client
+import socket
+import threading
+import time
 import urllib.error
 import urllib.parse
 import urllib.request
@@ -23,6 +26,7 @@ from serving import RunningServer, queued_rows, running_server
 from vaeserve import Client, tensors
 from vaeserve.v1 import vae_pb2 as pb
 from vaeserve.v1 import vae_pb2_grpc
+from vaeserve_server import metrics_http
 from vaeserve_server.errors import ListenError
 from vaeserve_server.latent_health import STEP_ROWS
 from vaeserve_server.metrics_http import MetricsEndpoint
@@ -265,6 +269,31 @@ def test_a_scrape_waits_for_no_other(server: RunningServer) -> None:
         with ThreadPoolExecutor(4) as pool:
             pages = list(pool.map(lambda _: scrape(server), range(8)))
     assert all(page("vaeserve_build_info") == 1 for page in pages)
+
+
+def test_scrapers_that_never_come_to_an_end_are_few_and_cut_off(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(metrics_http, "_SLOWEST_S", 0.5)
+    page = MetricsEndpoint("127.0.0.1", 0, lambda: b"page")
+    address = ("127.0.0.1", page.port)
+    try:
+        with contextlib.ExitStack() as stack:
+            crowd = [stack.enter_context(socket.create_connection(address, 20)) for _ in range(100)]
+            assert sum(thread.name.startswith("Thread-") for thread in threading.enumerate()) < 2 * 40
+            dribbling = crowd[0]
+            with pytest.raises(ConnectionError):
+                for byte in b"GET /metrics?" + b"x" * 1000:
+                    dribbling.send(bytes([byte]))
+                    time.sleep(0.02)
+            for each in crowd[1:]:
+                with contextlib.suppress(ConnectionError):
+                    assert each.recv(1) == b""
+            with urllib.request.urlopen(page.url, timeout=20) as answer:
+                assert answer.read() == b"page"
+    finally:
+        page.close()
+    assert capfd.readouterr().err == ""
 
 
 def test_a_taken_port_is_told_with_what_to_do() -> None:
