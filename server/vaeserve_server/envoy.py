@@ -47,13 +47,15 @@ def execute(settings: Settings) -> NoReturn:
     """Replace this process by Envoy with the server in it; StartError if that cannot be."""
     library = _python_library()
     check_free(settings.host, settings.port)
+    files = tls_files(settings)
+    if files is not None:
+        tls.read(files)  # what is wrong is told now; the server will watch them
     folder = Path(tempfile.mkdtemp(prefix="vaeserve-"))  # readable by this user alone
     ended_read, ended_write = os.pipe()
     for descriptor in (ended_read, ended_write):
         os.set_inheritable(descriptor, True)
     os.set_blocking(ended_read, False)
-    if files := tls_files(settings):
-        tls.read(files)  # what is wrong is told now; the server will watch them
+    if files is not None:
         envoy_tls.write_secrets(files, folder, 0)
     (folder / "envoy.json").write_text(json.dumps(configuration(settings, folder, ended_write), indent=1))
     handover = {"folder": str(folder), "ended_fd": ended_read, "settings": settings.model_dump(mode="json")}
