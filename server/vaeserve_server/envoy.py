@@ -15,6 +15,7 @@ import math
 import os
 import signal
 import socket
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any, NoReturn
@@ -58,7 +59,12 @@ def execute(settings: Settings) -> NoReturn:
     if files is not None:
         envoy_tls.write_secrets(files, folder, 0)
     (folder / "envoy.json").write_text(json.dumps(configuration(settings, folder, ended_write), indent=1))
-    handover = {"folder": str(folder), "ended_fd": ended_read, "settings": settings.model_dump(mode="json")}
+    handover = {
+        "folder": str(folder),
+        "ended_fd": ended_read,
+        "settings": settings.model_dump(mode="json"),
+        "python": sys.executable,
+    }
     environment = {**os.environ, **library, HANDOVER_VARIABLE: json.dumps(handover)}
     # Blocked here, blocked in every thread to come: Envoy would end at once, and a thread of ours drains first.
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)

@@ -102,6 +102,7 @@ def _watch_signals(on_stop: Callable[[], None], on_reload: Callable[[], None]) -
 def _application() -> Application:
     handover = json.loads(os.environ.pop(envoy.HANDOVER_VARIABLE))
     settings = Settings.model_validate(handover["settings"])
+    sys.executable = handover["python"]  # what is embedded guesses
     logs.configure(settings.log_format, settings.log_level)
     interpreter.tune()
     return Application(Path(handover["folder"]), handover["ended_fd"], settings)

@@ -10,12 +10,13 @@ from functools import partial
 from threading import Thread
 from typing import TypeVar, cast
 
+from vaeserve_server import trial
 from vaeserve_server.bundle import Bundle
 from vaeserve_server.cores import available_cores
 from vaeserve_server.engine import Engine, Limits
 from vaeserve_server.executor import RunPool
 from vaeserve_server.graphs import CUDA, CudaOptions, Runtime
-from vaeserve_server.loader import Loader, Policy
+from vaeserve_server.loader import Loader, NewEngine, Policy
 from vaeserve_server.models_folder import Key, ModelsFolder
 from vaeserve_server.reloader import Reloader
 from vaeserve_server.repository import Repository
@@ -157,8 +158,8 @@ def new_pool(settings: Settings, runtime: Runtime) -> RunPool:
     return RunPool(max(1, threads // settings.workers))
 
 
-def new_loader(settings: Settings, runtime: Runtime, pool: RunPool) -> Loader:
-    """Return what loads the settings' models for these threads."""
+def engine_maker(settings: Settings, runtime: Runtime, pool: RunPool) -> NewEngine:
+    """Return what makes engines of bundles for these threads."""
     limits = Limits(
         max_rows_per_call=settings.max_rows_per_call,
         max_message_bytes=settings.max_message_bytes,
@@ -167,8 +168,16 @@ def new_loader(settings: Settings, runtime: Runtime, pool: RunPool) -> Loader:
         batch_wait_s=settings.batch_wait_us * 1e-6,
         watchdog_s=settings.watchdog_s,
     )
+    return lambda bundle: Engine(bundle, runtime, pool, limits)
 
-    def new_engine(bundle: Bundle) -> Engine:
-        return Engine(bundle, runtime, pool, limits)
 
-    return Loader(ModelsFolder(settings.models), Policy(settings.versions, settings.pinned), new_engine)
+def new_loader(settings: Settings, runtime: Runtime, pool: RunPool) -> Loader:
+    """Return what loads the settings' models for these threads."""
+    new_engine = engine_maker(settings, runtime, pool)
+
+    def try_and_make(bundle: Bundle) -> Engine:
+        trial.attempt(settings, bundle)
+        return new_engine(bundle)
+
+    policy = Policy(settings.versions, settings.pinned)
+    return Loader(ModelsFolder(settings.models), policy, try_and_make if settings.try_first else new_engine)

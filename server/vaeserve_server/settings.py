@@ -49,6 +49,9 @@ class Settings(BaseSettings):
     """Versions to serve besides the newest, as mnist/3,faces/1."""
     watch_s: Seconds = 2.0
     """How often to look for new, changed and removed versions. 0 looks only at a SIGHUP."""
+    try_first: CliImplicitFlag[bool] = False
+    """Load and run each version once in a process of its own before it is loaded here: what ONNX Runtime dies of, or
+    takes all memory for, is then refused like what is damaged. Costs some seconds, and the model's memory once more."""
     device: Device = "auto"
     """Where graphs run. cuda refuses to start without a working GPU; auto may fall back to the CPU, and says so."""
     precision: Precision = "fp32"

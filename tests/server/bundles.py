@@ -185,6 +185,14 @@ def endless_on_zeros(image_shape: Sequence[int], latent_shape: Sequence[int]) ->
     return made
 
 
+def aborting_encoder(image_shape: Sequence[int], latent_shape: Sequence[int]) -> onnx.ModelProto:
+    """Return an encoder of honest operators whose run aborts the process: a convolution of scalars."""
+    made = slow_encoder(image_shape, latent_shape)
+    (node,) = (node for node in made.graph.node if "spent" in node.input)
+    node.op_type = "Conv"
+    return made
+
+
 def brittle_encoder(image_shape: Sequence[int], latent_shape: Sequence[int]) -> onnx.ModelProto:
     """Return an encoder, mean 0 and stddev 1, whose run fails if any pixel of the batch is 1."""
     nodes = [
