@@ -21,6 +21,7 @@ import pytest
 
 from bundles import ENCODER, run_directly, write_quick_and_slow
 from metrics_page import read_until
+from serving import PATIENT_WATCHDOG_S
 from vaeserve import AsyncClient, Client, tensors
 from vaeserve.v1 import vae_pb2 as pb
 from vaeserve.v1 import vae_pb2_grpc
@@ -69,7 +70,7 @@ class Supervised:
 
     def end(self, number: signal.Signals = signal.SIGTERM) -> int:
         self.popen.send_signal(number)
-        status = self.popen.wait(LIMIT_S)
+        status = self.popen.wait(2 * LIMIT_S)  # a drain may take one of them
         self.join()
         return status
 
@@ -197,7 +198,8 @@ def test_a_worker_killed_under_load_loses_no_call_and_comes_back(models: Path) -
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_drains_all_workers(models: Path, number: signal.Signals) -> None:
-    with supervised(models, "--workers", "3") as server, contextlib.ExitStack() as stack:
+    patience = ["--drain-s", str(LIMIT_S), "--watchdog-s", str(PATIENT_WATCHDOG_S)]  # the runs may come to lie in one
+    with supervised(models, "--workers", "3", *patience) as server, contextlib.ExitStack() as stack:
         calls = [start_slow_call(stack.enter_context(own_connection(server.target))) for _ in range(6)]
         assert server.end(number) == 0
         assert [call.result().mean.shape for call in calls] == [[1, 3]] * 6
