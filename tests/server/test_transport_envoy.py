@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import signal
 import socket
@@ -19,6 +20,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from h2.errors import ErrorCodes
 
 from bundles import ENCODER, slow_encoder, write_bundle
+from certificates import Authority
 from http2 import Connection, frame
 from vaeserve import tensors
 from vaeserve.v1 import vae_pb2 as pb
@@ -276,3 +278,27 @@ def test_a_python_without_a_shared_library_is_told_so(models: Path, monkeypatch:
     monkeypatch.setattr("pyvoy._server.get_envoy_environ", dict)
     with pytest.raises(StartError, match="needs Python as a shared library, and this Python has none"):
         envoy.execute(settings(models))
+
+
+def _full_disk(*_: object, **__: object) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_a_start_that_fails_says_why_and_leaves_no_folder(
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = tmp_path / "own"
+    monkeypatch.setattr(tempfile, "tempdir", str(own))
+    words = r"^--transport envoy cannot write its few temporary files \(.*{}.*\); give it a place with TMPDIR$"
+    with pytest.raises(StartError, match=words.format("No such file or directory")):
+        envoy.execute(settings(models))
+    own.mkdir()
+    with monkeypatch.context() as patch, pytest.raises(StartError, match=words.format("No space left on device")):
+        patch.setattr(Path, "write_text", _full_disk)
+        envoy.execute(settings(models))
+    certificates = Authority(tmp_path)
+    certificate, _ = certificates.issue()
+    _, another_key = certificates.issue("another")
+    with pytest.raises(StartError, match="it is not the key of the first certificate"):
+        envoy.execute(settings(models, tls_cert=certificate, tls_key=another_key))
+    assert list(own.iterdir()) == []
