@@ -27,7 +27,7 @@ from vaeserve.v1 import vae_pb2 as pb
 from vaeserve.v1 import vae_pb2_grpc
 
 IMAGE, LATENT = (1, 4, 4), (3,)
-LIMIT_S = 60.0
+LIMIT_S = 120.0  # of what takes seconds, on a machine that has other work
 LIBRARIES = list(Path("/usr/lib").glob("*/faketime/libfaketimeMT.so.1"))  # Debian's libfaketime
 
 
@@ -123,7 +123,7 @@ def slow(channel: grpc.Channel, pixel: float, timeout_s: float) -> grpc.Future:
 def test_a_clock_that_jumps_is_not_noticed(models: Path, tmp_path: Path) -> None:
     clock = tmp_path / "clock"
     clock.write_text("+0")
-    flags = ["--watchdog-s", "60", "--threads", "2"]
+    flags = ["--watchdog-s", str(serving.PATIENT_WATCHDOG_S), "--threads", "2"]
     with in_time(models, clock, *flags) as (process, url), grpc.insecure_channel(process.target) as channel:
         with Client(process.target, model="quick", timeout_s=LIMIT_S) as client:
             for jump in ("+2d", "-3d", "+1y", "+0"):
@@ -135,12 +135,12 @@ def test_a_clock_that_jumps_is_not_noticed(models: Path, tmp_path: Path) -> None
                 assert in_flight.result().mean.shape == [1, 3]
                 began = time.monotonic()
                 with pytest.raises(grpc.RpcError) as late:
-                    slow(channel, 0.02, 0.2).result()
+                    slow(channel, 0.05, 0.1).result()  # three seconds of work, in a tenth of one
                 assert late.value.code() == grpc.StatusCode.DEADLINE_EXCEEDED
-                assert time.monotonic() - began < 20  # and not in two days
+                assert time.monotonic() - began < LIMIT_S  # and not in two days
         page = read(url)
         assert page("vaeserve_model_serving") == 2
-        assert page("vaeserve_call_duration_seconds_sum") < 300
+        assert page("vaeserve_call_duration_seconds_sum") < 3600  # the smallest jump is of two days
         process.signal(signal.SIGTERM)
         assert process.popen.wait(LIMIT_S) == 0
 
