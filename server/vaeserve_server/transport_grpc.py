@@ -34,7 +34,6 @@ _Context = grpc.aio.ServicerContext[Any, Any]
 _Unpack = Callable[[bytes], Awaitable[bytes]]
 _CODES = {code.value[0]: code for code in grpc.StatusCode}
 _LAST_BYTES_S = 1.0
-_HANDSHAKE_MS = 20_000  # of TLS and HTTP/2; grpcio's own two minutes are long for who says nothing
 # grpcio 1.81 crashes if the grace of one stop() ends while another one completes, so the only grace never ends.
 _FOREVER_S = 1e6
 _IDENTITY_AND_GZIP = 0b101  # grpcio's bits; deflate data could not be told from a message
@@ -73,7 +72,6 @@ class GrpcTransport:
                 # Unless it is wanted: or a second server starts on the same port and takes half of the calls.
                 ("grpc.so_reuseport", int(share_port)),
                 ("grpc.max_receive_message_length", max_message_bytes),
-                ("grpc.server_handshake_timeout_ms", _HANDSHAKE_MS),
                 ("grpc.max_send_message_length", -1),  # the row limit bounds answers
                 *_channel_arguments(limits),
                 ("grpc.per_message_decompression", 0),
