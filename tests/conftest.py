@@ -84,9 +84,11 @@ def checkpoint_dir(shared: Shared) -> Path:
 
 
 def _exported(checkpoint_dir: Path, folder: Path, **options: Any) -> Path:
+    from known_graphs import operators_read_once
     from vaeserve_training.export import export
 
-    export(checkpoint_dir, folder, name="mnist", version=1, **options)
+    with operators_read_once():
+        export(checkpoint_dir, folder, name="mnist", version=1, **options)
     return folder
 
 

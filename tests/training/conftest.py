@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
-import contextlib
-import functools
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from same_run import Kill
 
 
 @pytest.fixture(scope="session", autouse=True)
 def _operators_are_read_once() -> Iterator[None]:
-    """Have PyTorch's exporter parse its operators' sources once, and not for every graph: nearly half of its time.
+    from known_graphs import operators_read_once
 
-    It is no public part of PyTorch. Where it is gone, the tests take their time.
-    """
-    with pytest.MonkeyPatch.context() as patched:
-        with contextlib.suppress(ImportError, AttributeError):
-            from torch.onnx._internal.exporter._registration import ONNXRegistry
-
-            patched.setattr(ONNXRegistry, "from_torchlib", staticmethod(functools.cache(ONNXRegistry.from_torchlib)))
+    with operators_read_once():
         yield
+
+
+@pytest.fixture(scope="session")
+def kill() -> Iterator[Kill]:
+    """Train in another process until it is killed."""
+    from same_run import killer
+
+    with killer() as act:
+        yield act

@@ -1,16 +1,20 @@
-"""Tiny runs for the tests of training, and a program that trains one and kills itself on the way.
+"""Tiny runs for the tests of training, and a program that trains them in processes that are killed on the way.
 
-    python runs.py RUN_DIR KILL_AT
+    python runs.py
 
-KILL_AT is `calls:N` (the N-th function call, wherever that is), `fsync:N`, `rename:N` (inside writing a checkpoint), or
-`seconds:X` (by another process, wherever that is).
+reads lines, KILL_AT and RUN_DIR, and answers each with how that run ended: its process's exit status, negative for a
+signal. KILL_AT is `calls:N` (the N-th function call, wherever that is), `fsync:N`, `rename:N` (inside writing a
+checkpoint), or `seconds:X` (by another process, wherever that is). Each run is a fork of the program, which has trained
+once: to import PyTorch takes longer than they do.
 """
 
 from __future__ import annotations
 
 import hashlib
+import os
 import sys
 import tempfile
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -48,10 +52,28 @@ def warm_up() -> None:
         fit(tiny_config(optimiser={"epochs": 1}), Path(folder), data=tiny_data())
 
 
+def run_until_killed(kill_at: str, run_dir: Path) -> int:
+    """Train, or go on, in a fork of this process; return how it ended."""
+    child = os.fork()
+    if child:
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    status = 1
+    try:
+        if kill_at.startswith("seconds:"):
+            kill_after(float(kill_at.removeprefix("seconds:")))
+        else:
+            sys.setprofile(Killer(kill_at))
+        fit(tiny_config(), run_dir, resume=True, data=tiny_data())
+        status = 0
+    except BaseException:  # noqa: BLE001 - told, and the fork must not go on as its parent
+        traceback.print_exc()
+    finally:
+        os._exit(status)
+
+
 if __name__ == "__main__":
     warm_up()
-    if sys.argv[2].startswith("seconds:"):
-        kill_after(float(sys.argv[2].removeprefix("seconds:")))
-    else:
-        sys.setprofile(Killer(sys.argv[2]))
-    fit(tiny_config(), Path(sys.argv[1]), resume=True, data=tiny_data())
+    for line in sys.stdin:
+        how, _, where = line.rstrip("\n").partition(" ")
+        print(run_until_killed(how, Path(where)), flush=True)
+    os._exit(0)  # spares the seconds that PyTorch takes to end

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -43,14 +45,25 @@ def records(path: Path) -> list[metrics.Record]:
     return [{key: value for key, value in record.items() if key != "seconds"} for record in found]
 
 
-def kill(run_dir: Path, kill_at: str) -> None:
-    """Train in another process until it is killed; whatever it leaves must be a state to go on from.
+Kill = Callable[[Path, str], None]
+
+
+@contextlib.contextmanager
+def killer() -> Iterator[Kill]:
+    """Yield what trains in another process until that is killed; whatever it leaves must be a state to go on from.
 
     By the clock the process may be faster than its end.
     """
-    command = [sys.executable, runs.__file__, str(run_dir), kill_at]
-    finished = subprocess.run(command, capture_output=True, timeout=100, check=False)
-    ends = {-signal.SIGKILL, 0} if kill_at.startswith("seconds:") else {-signal.SIGKILL}
-    assert finished.returncode in ends, finished.stderr.decode()
-    for path in checkpoint.all_of(run_dir):
-        checkpoint.load(path)
+    command = [sys.executable, runs.__file__]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as program:
+        assert program.stdin is not None
+        assert program.stdout is not None
+
+        def kill(run_dir: Path, kill_at: str) -> None:
+            print(kill_at, run_dir, file=program.stdin, flush=True)
+            status = int(program.stdout.readline())
+            assert status in ({-signal.SIGKILL, 0} if kill_at.startswith("seconds:") else {-signal.SIGKILL})
+            for path in checkpoint.all_of(run_dir):
+                checkpoint.load(path)
+
+        yield kill

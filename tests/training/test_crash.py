@@ -19,7 +19,7 @@ import pytest
 import crashes
 from killer import Killer
 from runs import tiny_config, tiny_data, warm_up
-from same_run import assert_same_run, kill
+from same_run import Kill, assert_same_run
 from vaeserve_server.errors import NoModelsError
 from vaeserve_server.models_folder import ModelsFolder
 from vaeserve_training import bundle, checkpoint
@@ -86,7 +86,7 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, int, floa
 
 @pytest.mark.parametrize("moment", range(MOMENTS))
 def test_a_run_killed_at_a_random_moment_ends_with_the_same_weights(
-    tmp_path: Path, reference: tuple[Path, int, float], moment: int
+    tmp_path: Path, reference: tuple[Path, int, float], kill: Kill, moment: int
 ) -> None:
     uninterrupted, calls, seconds = reference
     part = random.Random(moment).uniform(0.02, 0.95)

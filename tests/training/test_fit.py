@@ -19,7 +19,7 @@ import torch
 
 from killer import Killer
 from runs import tiny_config, tiny_data, warm_up
-from same_run import assert_same_run, everything, kill, records
+from same_run import Kill, assert_same_run, everything, records
 from vaeserve_training import checkpoint, metrics, objectives
 from vaeserve_training.bundle import read_card
 from vaeserve_training.config import TrainConfig, preset
@@ -44,7 +44,9 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, int]:
     return path, killer.seen
 
 
-def test_a_run_killed_at_random_moments_ends_with_the_same_weights(tmp_path: Path, reference: tuple[Path, int]) -> None:
+def test_a_run_killed_at_random_moments_ends_with_the_same_weights(
+    tmp_path: Path, reference: tuple[Path, int], kill: Kill
+) -> None:
     uninterrupted, calls = reference
     rng = random.Random(20)
     reached = []
@@ -58,7 +60,7 @@ def test_a_run_killed_at_random_moments_ends_with_the_same_weights(tmp_path: Pat
 
 @pytest.mark.parametrize("kill_at", ["fsync:9", "rename:3"])
 def test_a_run_killed_while_it_publishes_ends_with_the_same_weights(
-    tmp_path: Path, reference: tuple[Path, int], kill_at: str
+    tmp_path: Path, reference: tuple[Path, int], kill: Kill, kill_at: str
 ) -> None:
     kill(tmp_path, kill_at)
     path = fit(tiny_config(), tmp_path, resume=True, data=tiny_data())
