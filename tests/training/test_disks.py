@@ -23,18 +23,41 @@ pytestmark = [
 Outcomes = dict[str, dict[str, Any]]
 
 
-def run(command: list[str]) -> Outcomes:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=280, env=environment, check=False)
-    assert done.returncode == 0, done.stderr
-    outcomes: Outcomes = json.loads(done.stdout)
-    return outcomes
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Where the two disks are, the read-only one with a finished run, and a folder with room."""
+    made = {name: tmp_path_factory.mktemp(name) for name in ("full", "read-only", "ample")}
+    disk = made["read-only"]
+    images = np.random.default_rng(0).integers(0, 256, (130, 4, 4), dtype=np.uint8)
+    np.savez(disk / "images.npz", train_images=images[:100], test_images=images[100:])
+    config = tiny_config(data={"dataset": "arrays", "path": disk / "images.npz"})
+    (disk / "tiny.json").write_text(config.to_json())
+    fit(config, disk / "run")
+    return made
 
 
 @pytest.fixture(scope="module")
-def full(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Outcomes]:
-    disk = tmp_path_factory.mktemp("full")
-    return disk, run(disks.command("full", disk))
+def files_before(folders: dict[str, Path]) -> list[str]:
+    """What lies on the read-only disk."""
+    disk = folders["read-only"]
+    return sorted(path.relative_to(disk).as_posix() for path in disk.rglob("*") if path.is_file())
+
+
+@pytest.fixture(scope="module")
+def outcomes(folders: dict[str, Path], files_before: list[str]) -> dict[str, Outcomes]:
+    """What came of every writer on either disk: of one process, most of whose time goes into its imports."""
+    assert files_before
+    command = disks.command(*(folders[name] for name in ("full", "read-only", "ample")))
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=280, env=environment, check=False)
+    assert done.returncode == 0, done.stderr
+    found: dict[str, Outcomes] = json.loads(done.stdout)
+    return found
+
+
+@pytest.fixture(scope="module")
+def full(folders: dict[str, Path], outcomes: dict[str, Outcomes]) -> tuple[Path, Outcomes]:
+    return folders["full"], outcomes["full"]
 
 
 def test_a_run_on_a_full_disk_says_what_it_kept_and_goes_on_from_there(full: tuple[Path, Outcomes]) -> None:
@@ -80,21 +103,13 @@ def test_figures_that_cannot_be_written_are_not_lost(full: tuple[Path, Outcomes]
     assert json.loads(full[1]["evaluate"]["out"])["evaluations"]
 
 
-def test_a_read_only_place_is_told_before_the_work(tmp_path: Path) -> None:
-    disk, ample = tmp_path / "disk", tmp_path / "ample"
-    for folder in (disk, ample):
-        folder.mkdir()
-    images = np.random.default_rng(0).integers(0, 256, (130, 4, 4), dtype=np.uint8)
-    np.savez(disk / "images.npz", train_images=images[:100], test_images=images[100:])
-    config = tiny_config(data={"dataset": "arrays", "path": disk / "images.npz"})
-    (disk / "tiny.json").write_text(config.to_json())
-    fit(config, disk / "run")
-    before = sorted(path.relative_to(disk).as_posix() for path in disk.rglob("*") if path.is_file())
-    outcomes = run(disks.command("read-only", disk, str(ample)))
-    assert outcomes["export from it"]["status"] == 0
-    assert (ample / "models" / "tiny" / "1" / "model.json").is_file()
-    for name, found in outcomes.items():
-        assert found["left"] == before, name
+def test_a_read_only_place_is_told_before_the_work(
+    folders: dict[str, Path], files_before: list[str], outcomes: dict[str, Outcomes]
+) -> None:
+    assert outcomes["read-only"]["export from it"]["status"] == 0
+    assert (folders["ample"] / "models" / "tiny" / "1" / "model.json").is_file()
+    for name, found in outcomes["read-only"].items():
+        assert found["left"] == files_before, name
         if name != "export from it":
             assert (found["status"], found["err"].count("\n")) == (1, 1), (name, found)
             assert "Read-only file system" in found["err"]
