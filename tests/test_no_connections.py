@@ -45,15 +45,14 @@ sys.exit(server.wait(30))
 """
 
 TRAIN_AND_EXPORT = """
-import subprocess, sys
+import sys
+from vaeserve_training.__main__ import main
 
 data, folder = sys.argv[1:]
-def train(*words):
-    subprocess.run([sys.executable, "-m", "vaeserve_training", *words], check=True)
-
-train("fit", "--data.dataset", "arrays", "--data.path", data, "--data.limit-train", "64", "--optimiser.epochs", "1",
-      "--run.threads", "1", "--run-dir", f"{folder}/run")
-train("export", "--run-dir", f"{folder}/run", "--models", f"{folder}/models", "--name", "mnist")
+fit = ["fit", "--data.dataset", "arrays", "--data.path", data, "--data.limit-train", "64", "--data.limit-test", "64"]
+fit += ["--preset", "mnist-mlp", "--optimiser.epochs", "1", "--run.threads", "1", "--run-dir", f"{folder}/run"]
+export = ["export", "--run-dir", f"{folder}/run", "--models", f"{folder}/models", "--name", "mnist"]
+sys.exit(main(fit) or main(export))
 """
 
 TRY = """

@@ -78,6 +78,7 @@ folder = Path(sys.argv[1])
 sys.path[:0] = sys.argv[2:]
 import numpy as np
 import vaeserve
+from known_graphs import operators_read_once
 from runs import tiny_config
 from serving import running_server
 from vaeserve_training import checkpoint, data, evaluate, prior_fit
@@ -100,9 +101,11 @@ fit(config.with_changes(optimiser={"epochs": 2}), folder / "run")
 path = fit(config, folder / "run", resume=True)
 model = checkpoint.load(path)
 images = data.load(config.data)
-prior_fit.save(prior_fit.fit_prior(model, images, PriorConfig(steps=2)), prior_fit.default_path(model.path))
+prior = prior_fit.fit_prior(model, images, PriorConfig(couplings=2, steps=2))
+prior_fit.save(prior, prior_fit.default_path(model.path))
 report = evaluate.evaluate(model.vae, images, config.objective.likelihood)
-export(path, folder / "models", name="tiny", evaluation=report, prior=prior_fit.load_for(model), data=images)
+with operators_read_once():
+    export(path, folder / "models", name="tiny", evaluation=report, prior=prior_fit.load_for(model), data=images)
 with running_server(folder / "models", transport="grpc") as server, vaeserve.Client(server.target) as client:
     client.decode(client.encode(np.zeros((2, 1, 4, 4), np.uint8)))
     client.sample(2, prior="fitted")

@@ -1,8 +1,8 @@
 """README's blocks do what they say. GPU blocks are only parsed: no GPU is here.
 
-A block's info string says what it is: `python` runs against a server, `bash cli` and `bash train` run as they stand,
-`bash ladder` climbs its first step, `bash large` runs in small in training/test_large.py, `bash make` is what .ci/run
-or a test here runs, `bash grpcurl` runs in the real one where it is there, else in ours.
+A block's info string says what it is: `python` runs against a server, `bash cli` runs as it stands, `bash train` with a
+smaller model, `bash ladder` climbs its first step, `bash large` runs in small in training/test_large.py, `bash make` is
+what .ci/run or a test here runs, `bash grpcurl` runs in the real one where it is there, else in ours.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
+from known_graphs import operators_read_once
 from reflection_client import grpcurl
 from serving import running_server
 from vaeserve import Client
@@ -58,6 +59,14 @@ def run(words: list[str], folder: Path, **variables: str) -> None:
         check=False,
     )
     assert result.returncode == 0, f"{shlex.join(words)}\n{result.stdout}{result.stderr}"
+
+
+def train(words: list[str]) -> None:
+    """Run a command of `vaeserve-train` in this process, which has PyTorch at hand; test_release.py has the script."""
+    from vaeserve_training.__main__ import main
+
+    assert words[0] == "vaeserve-train"
+    assert main(words[1:]) == 0, shlex.join(words)
 
 
 def test_every_block_is_of_a_kind_that_is_checked() -> None:
@@ -140,21 +149,29 @@ def test_access_blocks_let_in_who_has_a_token(models_dir: Path, tmp_path: Path) 
             server.terminate()
 
 
-def test_training_blocks_train_on_a_folder_and_publish(tmp_path: Path, test_images: NDArray[np.uint8]) -> None:
+def test_training_blocks_train_on_a_folder_and_publish(
+    tmp_path: Path, test_images: NDArray[np.uint8], monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = tmp_path / "my-images"
     folder.mkdir()
     for number, image in enumerate(test_images[:40, 0]):
         Image.fromarray(image).convert("RGB").resize((37, 45)).save(folder / f"{number}.png")
-    for words in commands("train"):
-        shorter = ["--optimiser.epochs", "1", "--run.threads", "1"] if words[1] == "fit" else []
-        run([*words, *shorter], tmp_path)
+    monkeypatch.chdir(tmp_path)
+    smaller = ["--optimiser.epochs", "1", "--model.channels", "8,16", "--model.hidden", "32", "--run.threads", "1"]
+    with operators_read_once():
+        for words in commands("train"):
+            train([*words, *(smaller if words[1] == "fit" else [])])
     assert (tmp_path / "models" / "mine" / "1" / "model.json").is_file()
 
 
-def test_the_ladder_block_climbs_its_first_step(tmp_path: Path) -> None:
+def test_the_ladder_block_climbs_its_first_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from vaeserve_training.commands import ladder
+
     images = ["--data.dataset", "arrays", "--data.path", str(ROOT / "tests" / "data" / "mnist_subset.npz")]
     (words,) = commands("ladder")
-    run([*words, "--steps", "1", "--device", "cpu", *images], tmp_path)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(ladder, "QUICK", ladder.QUICK.model_copy(update={"constant_steps": 20}))
+    train([*words, "--steps", "1", "--device", "cpu", *images])
     assert (tmp_path / "runs" / "ladder" / "report.html").is_file()
     pictures = re.findall(r"!\[.+?\]\((.+?)\)", README)
     assert len(pictures) > 5
