@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -43,15 +44,43 @@ def test_neither_server_nor_sdk_imports_training(package: str) -> None:
     assert [name for name in found if name.partition(".")[0] in {"vaeserve_training", "torch", "onnx"}] == []
 
 
-def test_training_loads_no_tensorboard_unless_it_is_asked_for() -> None:
-    program = "import sys, vaeserve_training.commands.fit\nprint(*sys.modules)"
-    loaded = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=120)
-    assert "vaeserve_training.board" in loaded.stdout.split()
-    assert "tensorboard" not in loaded.stdout.split()
+LOADED = """
+import importlib.abc, os, sys
+
+class Watch(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        if name == "onnxruntime":
+            print(os.environ.get("ORT_DISABLE_TELEMETRY"))
+
+sys.meta_path.insert(0, Watch())
+import vaeserve_training.commands.export, vaeserve_training.commands.fit
+print(*sys.modules)
+"""
 
 
-def test_exporting_loads_no_grpc() -> None:
-    program = "import sys, vaeserve_training.export\nprint(*sys.modules)"
-    loaded = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=120)
-    assert "vaeserve.v1.vae_pb2" in loaded.stdout.split()
-    assert not {"grpc", "vaeserve_server"} & set(loaded.stdout.split())
+@pytest.fixture(scope="module")
+def loaded() -> tuple[str, set[str]]:
+    """What the telemetry's variable is when ONNX Runtime is imported, and the modules that training and export load."""
+    environment = {name: value for name, value in os.environ.items() if name != "ORT_DISABLE_TELEMETRY"}
+    command = [sys.executable, "-c", LOADED]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True, timeout=120)
+    telemetry, modules = done.stdout.splitlines()
+    return telemetry, set(modules.split())
+
+
+def test_training_loads_no_tensorboard_unless_it_is_asked_for(loaded: tuple[str, set[str]]) -> None:
+    _, modules = loaded
+    assert "vaeserve_training.board" in modules
+    assert "tensorboard" not in modules
+
+
+def test_training_and_exporting_load_no_grpc(loaded: tuple[str, set[str]]) -> None:
+    _, modules = loaded
+    assert {"vaeserve_training.export", "vaeserve.v1.vae_pb2"} <= modules
+    assert not {"grpc", "vaeserve_server"} & modules
+
+
+def test_onnx_runtime_is_imported_with_its_telemetry_off(loaded: tuple[str, set[str]]) -> None:
+    telemetry, modules = loaded
+    assert "onnxruntime" in modules
+    assert telemetry == "1"
