@@ -10,9 +10,10 @@ LOCKED ?= 1
 ARGS   ?=
 NODE_EXAMPLE := client/examples/node
 
-# Tests run on several cores, a file at a time each; one thread in PyTorch, or the processes fight for the cores.
+# Tests run on several cores, a file at a time each, in the order of tests/conftest.py; one thread in PyTorch, or the
+# processes fight for the cores.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
-CORES  := -n auto --maxprocesses 4 --dist loadfile
+CORES  := -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
@@ -49,8 +50,12 @@ serve: $(VENV)/.user ## Serve ./models on 127.0.0.1:50051
 	@$(BIN)/vaeserve-server $(ARGS)
 
 test: $(VENV)/.dev ## Lint, types and the whole test suite
-	@$(MAKE) --no-print-directory lint
+	@$(MAKE) --no-print-directory style
 	@! command -v npm >/dev/null || $(MAKE) --no-print-directory node || echo "The Node.js example is not tested." >&2
+	@$(MAKE) --no-print-directory -j2 types suite
+
+.PHONY: style types suite
+suite: $(VENV)/.dev
 	@$(PYTEST) $(CORES) $(ARGS)
 
 bench: $(VENV)/.user ## How fast ./models is served, in ratios: runs/bench/results.json (ARGS="--quick" for a smoke)
@@ -65,10 +70,14 @@ soak: $(VENV)/.dev ## Everything at once for 3 minutes: load, reloads, kills, ba
 overload: $(VENV)/.dev ## What 3 times as many calls as ./models can take do to the server, for a minute (ARGS="--seconds 5")
 	@$(BIN)/python tests/benchmarks/overload.py $(ARGS)
 
-lint: $(VENV)/.dev ## ruff, mypy --strict, buf
+lint: style types ## ruff, mypy --strict, buf
+
+types: $(VENV)/.dev
+	@$(BIN)/mypy
+
+style: $(VENV)/.dev
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
-	@$(BIN)/mypy
 	@$(BIN)/buf lint protos
 	@$(BIN)/buf breaking protos --against protos/released.binpb
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import os
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -13,11 +14,31 @@ import pytest
 from numpy.typing import NDArray
 
 IN_PROCESS = "looks inside the server's process, which behind Envoy is another one"
-MNIST_SUBSET = Path(__file__).parent / "data" / "mnist_subset.npz"
+TESTS = Path(__file__).parent
+MNIST_SUBSET = TESTS / "data" / "mnist_subset.npz"
+# The files that take longest. Side by side they begin first, or at the end one core would wait for another.
+LONGEST = (
+    "training/test_ladder.py",
+    "server/test_workers.py",
+    "training/test_export.py",
+    "training/test_fit.py",
+    "training/test_prior.py",
+    "test_no_connections.py",
+    "test_readme.py",
+    "server/test_lifecycle.py",
+    "server/test_transport_envoy.py",
+    "client/test_quickstart.py",
+)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--transport", choices=["grpc", "envoy"], default="grpc", help="what carries the servers' calls")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """One more than there are cores: many tests wait, for a process or a clock."""
+    return 1 + (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -35,6 +56,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         for item in items:
             if item.get_closest_marker("in_process"):
                 item.add_marker(pytest.mark.skip(reason=IN_PROCESS))
+    if hasattr(config, "workerinput"):
+        places = {TESTS / name: place for place, name in enumerate(LONGEST)}
+        items.sort(key=lambda item: places.get(item.path, len(places)))
 
 
 Shared = Callable[[str, Callable[[Path], Path]], Path]
