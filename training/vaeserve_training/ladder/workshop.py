@@ -18,7 +18,7 @@ from multiprocessing import resource_tracker
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 import torch
 
@@ -26,10 +26,12 @@ from vaeserve_training.compute import choose_device
 from vaeserve_training.data import ImageData
 from vaeserve_training.ladder import lenet
 from vaeserve_training.ladder.lab import Lab
-from vaeserve_training.ladder.registry import Step
 from vaeserve_training.ladder.scale import Scale
 from vaeserve_training.ladder.systems import Spec
 from vaeserve_training.ladder.training import Advance, total_steps
+
+if TYPE_CHECKING:  # the steps draw, and a process that only trains need not wait for Matplotlib
+    from vaeserve_training.ladder.registry import Step
 
 MOST_WORKERS = 8  # each needs some 600 MB
 
