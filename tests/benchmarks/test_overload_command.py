@@ -2,45 +2,60 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-from pathlib import Path
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 
+import overload
 import serving
 from bundles import write_bundle
 
-OVERLOAD = Path(__file__).with_name("overload.py")
 # What is promised of a machine that has nothing else to do is not asked of one that runs tests.
 PATIENT = ["--p99-ratio", "1000", "--refused-ms", "60000", "--memory-ratio", "1.5", "--recovered", "0.1"]
 
 
+Told = Callable[[list[str]], tuple[int, str]]
+
+
 @pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("models")
-    write_bundle(folder, image_shape=(1, 16, 16), latent_shape=(64,))
-    return folder
-
-
-def overload(models: Path, *flags: str) -> subprocess.CompletedProcess[str]:
+def flags(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """Let five times as many calls come as a server can answer that takes four at a time."""
-    command = [sys.executable, str(OVERLOAD), "--models", str(models), "--transport", serving.default_transport]
-    command += ["--seconds", "2", "--times", "5", "--rows", "16", "--queue-rows", "64", "--max-calls", "4", *PATIENT]
-    return subprocess.run([*command, *flags], capture_output=True, text=True, timeout=90, check=False)
+    models = tmp_path_factory.mktemp("models")
+    write_bundle(models, image_shape=(1, 16, 16), latent_shape=(64,))
+    given = ["--models", str(models), "--transport", serving.default_transport, "--seconds", "1", "--times", "5"]
+    return [*given, "--rows", "16", "--queue-rows", "64", "--max-calls", "4", *PATIENT]
 
 
-def test_what_is_too_much_is_refused_with_push_back_and_the_rest_is_answered(models: Path) -> None:
-    done = overload(models)
-    assert done.returncode == 0, done.stdout + done.stderr
-    lines = {line.partition("  ")[0]: line for line in done.stdout.splitlines()}
-    assert "NOT MET" not in done.stdout
+@pytest.fixture(scope="module")
+def seen(flags: list[str]) -> dict[str, Any]:
+    """What the command sees of that load."""
+    return overload.measure(overload.parse(flags))
+
+
+@pytest.fixture
+def told(seen: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Told:
+    """What the command says of it, given its flags: its exit status and its table."""
+    monkeypatch.setattr(overload, "measure", lambda _: seen)
+
+    def run(given: list[str]) -> tuple[int, str]:
+        status = overload.main(given)
+        return status, capsys.readouterr().out
+
+    return run
+
+
+def test_what_is_too_much_is_refused_with_push_back_and_the_rest_is_answered(told: Told, flags: list[str]) -> None:
+    status, table = told(flags)
+    assert status == 0, table
+    lines = {line.partition("  ")[0]: line for line in table.splitlines()}
+    assert "NOT MET" not in table
     assert lines["refused otherwise, of a sample"].split()[-3:] == ["none", "none", "met"]
     assert " 0 calls/s" not in lines["accepted"]
 
 
-def test_a_missed_bound_is_told_by_the_exit_status(models: Path) -> None:
-    done = overload(models, "--refused-ms", "0", "--seconds", "0.5")
-    assert done.returncode == 1, done.stdout + done.stderr
-    (line,) = (line for line in done.stdout.splitlines() if "NOT MET" in line)
+def test_a_missed_bound_is_told_by_the_exit_status(told: Told, flags: list[str]) -> None:
+    status, table = told([*flags, "--refused-ms", "0"])
+    assert status == 1, table
+    (line,) = (line for line in table.splitlines() if "NOT MET" in line)
     assert line.startswith("refused, time")

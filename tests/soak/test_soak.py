@@ -24,8 +24,8 @@ SOAK = Path(__file__).with_name("soak.py")
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")
-def test_ten_seconds_of_everything_at_once(bundle_dir: Path) -> None:
-    command = [sys.executable, str(SOAK), "--minutes", "0.167", "--transport", serving.default_transport]
+def test_seconds_of_everything_at_once(bundle_dir: Path) -> None:
+    command = [sys.executable, str(SOAK), "--minutes", "0.1", "--transport", serving.default_transport]
     done = subprocess.run([*command, "--bundle", str(bundle_dir)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.endswith("\npassed\n")
