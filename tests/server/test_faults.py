@@ -127,7 +127,7 @@ def test_a_clock_that_jumps_is_not_noticed(models: Path, tmp_path: Path) -> None
     with in_time(models, clock, *flags) as (process, url), grpc.insecure_channel(process.target) as channel:
         with Client(process.target, model="quick", timeout_s=LIMIT_S) as client:
             for jump in ("+2d", "-3d", "+1y", "+0"):
-                in_flight = slow(channel, 0.01, LIMIT_S)
+                in_flight = slow(channel, 0.005, LIMIT_S)
                 client.sample(3)
                 clock.write_text(jump)
                 assert client.sample(3, seed=1).images.shape == (3, *IMAGE)
@@ -135,7 +135,7 @@ def test_a_clock_that_jumps_is_not_noticed(models: Path, tmp_path: Path) -> None
                 assert in_flight.result().mean.shape == [1, 3]
                 began = time.monotonic()
                 with pytest.raises(grpc.RpcError) as late:
-                    slow(channel, 0.05, 0.1).result()  # three seconds of work, in a tenth of one
+                    slow(channel, 0.02, 0.1).result()  # more than a second of work, in a tenth of one
                 assert late.value.code() == grpc.StatusCode.DEADLINE_EXCEEDED
                 assert time.monotonic() - began < LIMIT_S  # and not in two days
         page = read(url)

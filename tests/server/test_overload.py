@@ -25,7 +25,7 @@ _ENCODE = "/vaeserve.v1.VaeService/Encode"
 
 Stub = vae_pb2_grpc.VaeServiceStub
 IMAGE, LATENT = (1, 4, 4), (3,)
-HALF_A_SECOND, A_FEW_SECONDS, MUCH_TOO_LONG = 0.01, 0.1, 1.0
+HALF_A_SECOND, A_FEW_SECONDS, MUCH_TOO_LONG = 0.01, 0.04, 1.0
 
 
 def request(rows: int = 1, pixel: float = 0.0) -> pb.EncodeRequest:

@@ -199,11 +199,11 @@ def test_a_worker_killed_under_load_loses_no_call_and_comes_back(models: Path) -
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_drains_all_workers(models: Path, number: signal.Signals) -> None:
     patience = ["--drain-s", str(LIMIT_S), "--watchdog-s", str(PATIENT_WATCHDOG_S)]  # the runs may come to lie in one
-    with supervised(models, "--workers", "3", *patience) as server, contextlib.ExitStack() as stack:
-        calls = [start_slow_call(stack.enter_context(own_connection(server.target))) for _ in range(6)]
+    with supervised(models, "--workers", "2", *patience) as server, contextlib.ExitStack() as stack:
+        calls = [start_slow_call(stack.enter_context(own_connection(server.target))) for _ in range(4)]
         assert server.end(number) == 0
-        assert [call.result().mean.shape for call in calls] == [[1, 3]] * 6
-    assert server.log.count("INFO draining") == 3
+        assert [call.result().mean.shape for call in calls] == [[1, 3]] * 4
+    assert server.log.count("INFO draining") == 2
     assert "all workers stopped" in server.log
     assert "Traceback" not in server.log
     assert not any(is_alive(pid) for pid in server.pids())
