@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -59,3 +62,11 @@ def test_a_missed_bound_is_told_by_the_exit_status(told: Told, flags: list[str])
     assert status == 1, table
     (line,) = (line for line in table.splitlines() if "NOT MET" in line)
     assert line.startswith("refused, time")
+
+
+def test_as_a_command_it_says_in_one_line_what_keeps_it(tmp_path: Path) -> None:
+    command = [sys.executable, overload.__file__, "--models", str(tmp_path / "none")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=90, check=False)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith("overload: ")
+    assert done.stderr.count("\n") == 1
