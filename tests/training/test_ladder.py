@@ -3,8 +3,6 @@
 import functools
 import json
 import multiprocessing
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,7 +15,7 @@ from vaeserve_training.__main__ import main
 from vaeserve_training.compute import cpu_threads
 from vaeserve_training.config import DataConfig, ModelConfig, PriorConfig, preset
 from vaeserve_training.data import load
-from vaeserve_training.ladder import cache, climb, codes, page, specs, training
+from vaeserve_training.ladder import cache, climb, codes, decode, page, specs, training
 from vaeserve_training.ladder.lab import Lab
 from vaeserve_training.ladder.lenet import LadderDataError
 from vaeserve_training.ladder.registry import STEPS
@@ -401,15 +399,14 @@ def test_results_of_other_sizes_are_not_taken_for_these(data, tmp_path):
     assert [step.number for step in climb.unfinished(other, [1])] == [1]
 
 
-def test_saved_codes_are_decoded_in_another_process(lab, folder):
+def test_saved_codes_are_decoded_by_the_program_that_step_4_starts(lab, folder):
     spec = specs.variational_autoencoder(lab.scale, 0)
     codes_file, images_file = folder / "codes.npz", folder / "images.npz"
     latent = torch.randn(5, 8, generator=torch.Generator().manual_seed(0))
     np.savez(codes_file, codes=latent.numpy())
     trained = lab.trained(spec).system
     entry = lab.cache.path(cache.system_key(spec, lab.data))
-    command = [sys.executable, "-m", "vaeserve_training.ladder.decode", str(entry), str(codes_file), str(images_file)]
-    subprocess.run(command, check=True, timeout=120)
+    assert decode.main([str(entry), str(codes_file), str(images_file)]) == 0
     with np.load(images_file) as arrays:
         later = arrays["images"]
     assert np.abs(later - trained.decode(latent).numpy()).max() < 1e-6
