@@ -32,7 +32,9 @@ GRPC, ENVOY, ECHO, ENVOY_ECHO = "grpc", "envoy", "echo", "envoy echo"
 _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 _CHANNEL_OPTIONS = [("grpc.max_receive_message_length", -1), ("grpc.enable_http_proxy", 0)]
 _CALL_S = 60.0
-_PROBE_CALLS = 64
+# Of calls that only show how many fill the time; of large calls a few do, or the probe is longer than what it is for.
+_PROBE_ROWS = 64
+_PROBE_CALLS = 16
 _CALLS = re.compile(r'^vaeserve_calls_total\{.*?code="(\w+)".*?\} (\S+)$', re.MULTILINE)
 
 
@@ -224,7 +226,8 @@ class Bed:
         And the generator's cpu_share, and server_us: processor time of the server for each call.
         """
         sent = self.verified(server, verb, rows)
-        probe = self._drive(server, sent, in_flight, connections, max(_PROBE_CALLS, 2 * in_flight))
+        probe_calls = max(_PROBE_ROWS // rows, _PROBE_CALLS, 2 * in_flight)
+        probe = self._drive(server, sent, in_flight, connections, probe_calls)
         calls = max(in_flight, round(probe["calls_per_s"] * self.effort.seconds * share))
         began_s = cpu_s(server.child.pid)
         with self._counted(server, calls):

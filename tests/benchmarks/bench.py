@@ -109,10 +109,10 @@ def run(options: argparse.Namespace, groups: Sequence[Group]) -> int:
 
 
 def one_round(bed: Bed, groups: Sequence[Group], which: int, rounds: int) -> list[Measured]:
-    """Measure every group once."""
+    """Measure every group once that has a turn in round `which`, counted from 0."""
     measured: list[Measured] = []
     for group in groups:
-        if which and group.once:
+        if group.rounds and which >= group.rounds:
             continue
         print(f"round {which + 1} of {rounds}: {group.name}", file=sys.stderr, flush=True)
         measured += group.measure(bed)

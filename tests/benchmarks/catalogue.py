@@ -38,12 +38,15 @@ _ECHO_BOUND_GPU = 0.8
 
 
 class Group(NamedTuple):
-    """Measurements that belong together. `needs` names groups whose values are baselines; `once`: in one round only."""
+    """Measurements that belong together, made in the first `rounds` rounds, 0: in all.
+
+    `needs` names groups whose values are baselines.
+    """
 
     name: str
     measure: Callable[[Bed], Iterable[Measured]]
     needs: tuple[str, ...] = ()
-    once: bool = False
+    rounds: int = 0
 
 
 def groups(device: str) -> list[Group]:
@@ -55,7 +58,7 @@ def groups(device: str) -> list[Group]:
         *(group for verb in VERBS for group in _verb_groups(verb)),
         Group("first-answer", first_answer),
         Group("workers", partial(workers, VERBS[0])),
-        Group("stream", stream, once=True),
+        Group("stream", stream, rounds=1),
     ]
 
 
@@ -71,7 +74,7 @@ def _alone_groups() -> list[Group]:
 
 def _verb_groups(verb: Verb) -> list[Group]:
     alone = (f"{ALONE}-{verb.graph}",)
-    return [
+    found = [
         Group(f"{verb.name}-in-flight", partial(in_flight, verb)),
         Group(f"{verb.name}-open-loop", partial(open_loop, verb)),
         *([Group(f"{verb.name}-same-load", partial(same_load, verb))] if verb.name == "encode" else []),
@@ -80,6 +83,8 @@ def _verb_groups(verb: Verb) -> list[Group]:
         Group(f"{verb.name}-one-at-a-time", partial(one_at_a_time, verb)),
         Group(f"{verb.name}-tasks", partial(tasks, verb)),
     ]
+    # Sample has no bounds of its own: it goes Decode's way through the decoder.
+    return [group._replace(rounds=2) for group in found] if verb.name == "sample" else found
 
 
 def _gpu_groups() -> list[Group]:
