@@ -34,7 +34,6 @@ class AsyncioTransport(Flows):
     def _open(self) -> None:
         # A grpc.aio channel belongs to the event loop it is made in; a client may be made before there is one.
         self._channels: list[grpc.aio.Channel] = []
-        self._turn = itertools.count()
 
     async def close(self) -> None:
         """Close the connections; calls under way in other tasks end with Cancelled."""
@@ -49,7 +48,7 @@ class AsyncioTransport(Flows):
             raise self._closed_error()
         if not self._channels:
             self._channels = [_channel.open_asyncio(self._settings) for _ in range(self._settings.connections)]
-            self._stubs = [_channel.stub(channel) for channel in self._channels]
+            self._stubs = itertools.cycle([_channel.stub(channel) for channel in self._channels])
             self._health = health_pb2_grpc.HealthStub(self._channels[0])
 
     async def _drive(self, flow: Flow[_T], timeout_s: float | None) -> _T:
@@ -64,10 +63,11 @@ class AsyncioTransport(Flows):
 
     async def _perform(self, wanted: Wanted, deadline_s: float) -> Any:
         if isinstance(wanted, Ask):
-            return await self._send(wanted, deadline_s)
+            return await self._send(wanted.method, wanted.request, deadline_s)
         if isinstance(wanted, AskPart):
-            job, part, most_rows = wanted
+            job, part, info = wanted
             if self._coalescer and job.operation.merges and part.rows:
+                most_rows = self._rows(job.operation, info, part.array)
                 return await self._coalescer.ask(job, part, most_rows, deadline_s)
             return await self._send_part(job, part, deadline_s)
         if isinstance(wanted, AskAll):
@@ -77,10 +77,10 @@ class AsyncioTransport(Flows):
         async with aclosing(values):
             return [value async for value in values]
 
-    async def _send(self, ask: Ask, deadline_s: float) -> Any:
+    async def _send(self, method: str, request: Any, deadline_s: float) -> Any:
         self._connect()
         try:
-            return await self._method(ask.method)(ask.request, timeout=deadline_s, metadata=self._metadata)
+            return await getattr(next(self._stubs), method)(request, timeout=deadline_s, metadata=self._metadata)
         except (grpc.RpcError, grpc.aio.UsageError) as error:
             raise self._translate(error, deadline_s) from None
         except asyncio.CancelledError:
@@ -90,11 +90,7 @@ class AsyncioTransport(Flows):
             raise
 
     async def _send_part(self, job: Job[_Value], part: Part, deadline_s: float) -> _Value:
-        return job.operation.result(await self._send(Ask(job.operation.method, job.request(part)), deadline_s))
-
-    def _method(self, name: str) -> Any:
-        stubs = self._stubs
-        return getattr(stubs[0] if len(stubs) == 1 else stubs[next(self._turn) % len(stubs)], name)
+        return job.operation.result(await self._send(job.operation.method, job.request(part), deadline_s))
 
     def _translate(self, error: Exception, deadline_s: float) -> Exception:
         """Return what to raise for an exception of grpc.aio; UsageError is its word for a closed channel."""

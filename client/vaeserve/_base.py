@@ -111,7 +111,8 @@ class ClientBase(ABC):
 
     def _ref(self, model: ModelLike, given: object = None) -> ModelRef:
         """Return which model to ask: the verb's, else the client's; made exact where Encodings say whose they are."""
-        return _calls.bind(self._model if model is None else ModelRef.of(model), given)
+        ref = self._model if model is None else ModelRef.of(model)
+        return ref if given is None else _calls.bind(ref, given)
 
     def _deadline_s(self, timeout_s: float | None) -> float:
         return self._timeout_s if timeout_s is None else _settings.check_timeout(timeout_s)

@@ -30,9 +30,8 @@ class BlockingTransport(Flows):
 
     def _open(self) -> None:
         self._channels = [_channel.open_blocking(self._settings) for _ in range(self._settings.connections)]
-        self._stubs = [_channel.stub(channel) for channel in self._channels]
+        self._stubs = itertools.cycle([_channel.stub(channel) for channel in self._channels])
         self._health = health_pb2_grpc.HealthStub(self._channels[0])
-        self._turn = itertools.count()
 
     def close(self) -> None:
         """Close the connections; calls under way in other threads end with Cancelled."""
@@ -58,26 +57,22 @@ class BlockingTransport(Flows):
             return result
 
     def _perform(self, wanted: Wanted, deadline_s: float) -> Any:
-        if isinstance(wanted, Ask):
-            return self._send(wanted, deadline_s)
         if isinstance(wanted, AskPart):
             return self._send_part(wanted.job, wanted.part, deadline_s)
+        if isinstance(wanted, Ask):
+            return self._send(wanted.method, wanted.request, deadline_s)
         if isinstance(wanted, AskAll):
             return list(self._bulk(wanted.job, wanted.parts, deadline_s))
         return list(self._stream(wanted.job, wanted.fit, wanted.items, deadline_s))
 
-    def _send(self, ask: Ask, deadline_s: float) -> Any:
+    def _send(self, method: str, request: Any, deadline_s: float) -> Any:
         try:
-            return self._method(ask.method)(ask.request, deadline_s, self._metadata)
+            return getattr(next(self._stubs), method)(request, deadline_s, self._metadata)
         except (grpc.RpcError, ValueError) as error:
             raise self._translate(error, deadline_s) from None
 
     def _send_part(self, job: Job[_Value], part: Part, deadline_s: float) -> _Value:
-        return job.operation.result(self._send(Ask(job.operation.method, job.request(part)), deadline_s))
-
-    def _method(self, name: str) -> Any:
-        stubs = self._stubs
-        return getattr(stubs[0] if len(stubs) == 1 else stubs[next(self._turn) % len(stubs)], name)
+        return job.operation.result(self._send(job.operation.method, job.request(part), deadline_s))
 
     def _translate(self, error: Exception, deadline_s: float) -> Exception:
         """Return what to raise for an exception of grpc; ValueError is its word for a closed channel."""
@@ -117,7 +112,9 @@ class BlockingTransport(Flows):
 
     def _start(self, job: Job[Any], part: Part, deadline_s: float) -> Any:
         try:
-            return self._method(job.operation.method).future(job.request(part), deadline_s, self._metadata)
+            return getattr(next(self._stubs), job.operation.method).future(
+                job.request(part), deadline_s, self._metadata
+            )
         except ValueError as error:
             raise self._translate(error, deadline_s) from None
 

@@ -55,7 +55,7 @@ class Operation(Protocol, Generic[_Value]):
     def merges(self) -> bool:
         """Whether rows of several calls may go in one: no row's answer depends on its place in the call."""
 
-    def request(self, part: Part, model: vae_pb2.ModelRef) -> Any:
+    def request(self, part: Part, model: ModelRef) -> Any:
         """Return the request message for one part."""
 
     def result(self, response: Any) -> _Value:
@@ -81,14 +81,17 @@ class Encode:
         """Without noise."""
         return self.seed is None
 
-    def request(self, part: Part, model: vae_pb2.ModelRef) -> vae_pb2.EncodeRequest:
+    def request(self, part: Part, model: ModelRef) -> vae_pb2.EncodeRequest:
         """Return the request for the images of `part`."""
         assert part.array is not None
-        images = tensors.to_tensor(part.array)
-        if self.seed is None:
-            return vae_pb2.EncodeRequest(model=model, images=images)
-        row = _uint64("first_row", self.first_row + part.start)
-        return vae_pb2.EncodeRequest(model=model, images=images, want_latents=True, seed=self.seed, first_row=row)
+        request = vae_pb2.EncodeRequest()
+        model.write(request.model)
+        tensors.write_tensor(part.array, request.images)
+        if self.seed is not None:
+            request.want_latents = True
+            request.seed = self.seed
+            request.first_row = _uint64("first_row", self.first_row + part.start)
+        return request
 
     result = staticmethod(Encoding.from_response)
     join = staticmethod(Encoding.join)
@@ -96,7 +99,10 @@ class Encode:
     def row_bytes(self, info: ModelInfo, array: Array | None) -> int:
         """Return the size of one row: an image, or its mean, stddev and latent."""
         assert array is not None
-        return max(array[:1].nbytes, 3 * 4 * math.prod(info.latent_shape))
+        return max(_row_bytes(array), 3 * 4 * math.prod(info.latent_shape))
+
+
+_ENCODE = Encode()
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,11 +113,13 @@ class Decode:
     method = "Decode"
     merges = True
 
-    def request(self, part: Part, model: vae_pb2.ModelRef) -> vae_pb2.DecodeRequest:
+    def request(self, part: Part, model: ModelRef) -> vae_pb2.DecodeRequest:
         """Return the request for the latents of `part`."""
         assert part.array is not None
-        latents = tensors.to_tensor(part.array)
-        return vae_pb2.DecodeRequest(model=model, latents=latents, image_dtype=_IMAGE_DTYPES[self.image_dtype])
+        request = vae_pb2.DecodeRequest(image_dtype=_IMAGE_DTYPES[self.image_dtype])
+        model.write(request.model)
+        tensors.write_tensor(part.array, request.latents)
+        return request
 
     result = staticmethod(Decoded.from_response)
     join = staticmethod(Decoded.join)
@@ -119,7 +127,7 @@ class Decode:
     def row_bytes(self, info: ModelInfo, array: Array | None) -> int:
         """Return the size of one row: a latent or an image."""
         assert array is not None
-        return max(array[:1].nbytes, self.image_dtype.itemsize * math.prod(info.image_shape))
+        return max(_row_bytes(array), self.image_dtype.itemsize * math.prod(info.image_shape))
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,10 +142,9 @@ class Sample:
     method = "Sample"
     merges = False  # rows are those of one seed's stream
 
-    def request(self, part: Part, model: vae_pb2.ModelRef) -> vae_pb2.SampleRequest:
+    def request(self, part: Part, model: ModelRef) -> vae_pb2.SampleRequest:
         """Return the request for as many images as `part` has rows."""
-        return vae_pb2.SampleRequest(
-            model=model,
+        request = vae_pb2.SampleRequest(
             count=part.rows,
             seed=self.seed,
             first_row=_uint64("first_row", self.first_row + part.start),
@@ -146,6 +153,8 @@ class Sample:
             want_latents=True,
             image_dtype=_IMAGE_DTYPES[self.image_dtype],
         )
+        model.write(request.model)
+        return request
 
     result = staticmethod(Samples.from_response)
     join = staticmethod(Samples.join)
@@ -167,7 +176,6 @@ class Job(Generic[_Value]):
         self.asked = asked
         self.progress = progress
         self.total_rows: int | None = None
-        self._message = asked.message()
         self._pinned: ModelRef | None = None
 
     @property
@@ -177,27 +185,25 @@ class Job(Generic[_Value]):
 
     def request(self, part: Part) -> Any:
         """Return the request message for one part, to the model known so far."""
-        return self.operation.request(part, self._message)
+        return self.operation.request(part, self.ref)
 
     def accept(self, served: ModelRef) -> bool:
         """Tell whether an answer of this model belongs to the job; the first answer decides which one does."""
         if self._pinned is None:
             self._pinned = served
-            self._message = served.message()
         return served.digest == self._pinned.digest
 
     def insist(self, served: ModelRef) -> None:
         """Raise FailedPrecondition if a server that was told the digest answers with another model."""
         if not self.accept(served):
-            words = f"answers came from {self._pinned} ({self._message.digest[:12]}) and then, although that was "
+            words = f"answers came from {self.ref} ({self.ref.digest[:12]}) and then, although that was "
             raise FailedPrecondition(words + f"asked for, from {served} ({served.digest[:12]})", model=str(served))
 
     def narrow(self, given: object) -> None:
         """Take the model of the Encodings in `given`, if there are any; FailedPrecondition if it is another one."""
         narrowed = bind(self.ref, given)
-        if self._pinned is None and narrowed is not self.asked:
+        if self._pinned is None:
             self.asked = narrowed
-            self._message = narrowed.message()
 
 
 class Cutter:
@@ -272,12 +278,16 @@ def rows_per_call(
     return max(1, rows)
 
 
+def _row_bytes(array: Array) -> int:
+    return array.dtype.itemsize * math.prod(array.shape[1:])
+
+
 def encode_operation(*, want_latents: bool, seed: int | None, first_row: int) -> Encode:
     """Return the checked Encode operation; the seed is drawn here, before the first attempt."""
     if not want_latents:
         if seed is not None or first_row:
             raise invalid("want_latents", "a seed or first_row is given but no latents are asked for; set want_latents")
-        return Encode()
+        return _ENCODE
     return Encode(draw_seed(seed), _uint64("first_row", first_row))
 
 

@@ -35,11 +35,11 @@ class Ask(NamedTuple):
 
 
 class AskPart(NamedTuple, Generic[_Value]):
-    """Make the one call of a part; the answer is its value, in views of a message. A call takes `most_rows` rows."""
+    """Make the one call of a part, to the model of `info`; the answer is its value, in views of a message."""
 
     job: Job[_Value]
     part: Part
-    most_rows: int
+    info: ModelInfo
 
 
 class AskAll(NamedTuple, Generic[_Value]):
@@ -136,12 +136,13 @@ class Flows(ClientBase):
 
     def _run(self, job: Job[_Value], info: ModelInfo, rows: int, array: Array | None) -> Flow[_Value]:
         """Make the calls; one that is enough is made without any of the machinery of many."""
-        rows_per_call = self._rows(job.operation, info, array)
-        if rows < 1 or (rows <= rows_per_call and not job.progress):  # none: the server has the words for that
-            value = job.operation.join([(yield AskPart(job, Part(0, rows, array), rows_per_call))])
+        # No rows go in one call as well, as the server has the words for that; and one row always goes into one.
+        if rows < 1 or (not job.progress and (rows == 1 or rows <= self._rows(job.operation, info, array))):
+            value = job.operation.join([(yield AskPart(job, Part(0, rows, array), info))])
         else:
             job.total_rows = rows
-            value = job.operation.join((yield AskAll(job, _calls.even_parts(rows, rows_per_call, array))))
+            parts = _calls.even_parts(rows, self._rows(job.operation, info, array), array)
+            value = job.operation.join((yield AskAll(job, parts)))
         if value.model.digest != info.digest:
             self._cards.pop(job.asked, None)  # another model is served by now: its card is asked for next time
         return value

@@ -18,6 +18,7 @@ ImageInput = Array | Sequence[Any] | Iterable[Any] | Any
 LatentInput = Encoding | Array | Sequence[Any] | Iterable[Any] | Any
 
 _WIRE_FLOATS = (2, 4)  # item sizes
+_IMAGE_DTYPES = frozenset(map(np.dtype, ("u1", "f4", "f2")))
 
 
 def is_stream(given: object) -> bool:
@@ -34,6 +35,8 @@ def as_images(given: ImageInput, info: ModelInfo) -> Array:
     `(H, W)`; a PIL image; a list of any of these. uint8, float32 and float16 are kept, float64 becomes float32, and
     bool becomes uint8 0 and 255. Raises InvalidArgument for anything else.
     """
+    if type(given) is np.ndarray and given.shape[1:] == info.image_shape and given.dtype in _IMAGE_DTYPES:
+        return given  # as nearly always, and a call of one image costs little more than its Python
     if isinstance(given, (list, tuple)) and given and all(map(_is_array_like, given)):
         return _join([as_images(each, info) for each in given], "images")
     if _is_picture(given):

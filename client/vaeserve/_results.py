@@ -53,7 +53,18 @@ class ModelRef:
 
     def message(self) -> vae_pb2.ModelRef:
         """Return this as a ModelRef message."""
-        return vae_pb2.ModelRef(name=self.name, version=self.version, digest=self.digest)
+        message = vae_pb2.ModelRef()
+        self.write(message)
+        return message
+
+    def write(self, message: vae_pb2.ModelRef) -> None:
+        """Write this into an empty ModelRef message; one in a request stays unset if there is nothing to say."""
+        if self.name:
+            message.name = self.name
+        if self.version:
+            message.version = self.version
+        if self.digest:
+            message.digest = self.digest
 
 
 ModelLike = ModelRef | str | None
@@ -285,10 +296,8 @@ class ModelInfo:
 def _own(parts: Sequence[Array | None]) -> Array:
     """Return the parts end to end in one new, writable array of this machine's byte order."""
     first: Array = parts[0]  # type: ignore[assignment]
-    if len(parts) == 1:
-        return first.astype(first.dtype.newbyteorder("="))
-    joined: Array = np.concatenate(parts)  # type: ignore[arg-type]
-    return joined.astype(joined.dtype.newbyteorder("="), copy=False)
+    joined: Array = first.copy() if len(parts) == 1 else np.concatenate(parts)  # type: ignore[arg-type]
+    return joined if joined.dtype.isnative else joined.astype(joined.dtype.newbyteorder("="))
 
 
 def _describe(value: Encoding | Samples | Decoded, **arrays: Array | None) -> str:

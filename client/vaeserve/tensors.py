@@ -88,6 +88,6 @@ def from_bytes(data: bytes, dtype: np.dtype[np.generic], shape: tuple[int, ...])
     if len(data) != expected_bytes:
         raise TensorError("data", f"data has {len(data)} bytes; shape {shape} of {dtype.name} takes {expected_bytes}")
     try:
-        return np.frombuffer(data, dtype=dtype).reshape(shape)
+        return np.ndarray(shape, dtype, data)
     except ValueError:  # an axis of zero rows beside others whose product overflows NumPy's index type
         raise TensorError("shape", f"shape {shape} is too large") from None
