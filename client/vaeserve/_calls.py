@@ -23,8 +23,8 @@ from vaeserve.errors import FailedPrecondition, invalid
 from vaeserve.v1 import vae_pb2
 
 DEFAULT_CALLS_IN_FLIGHT = 4
-# Rows are the lever for throughput, up to a few hundred; more only makes a retry dearer and a queue coarser.
-_DEFAULT_ROWS = 256
+# Rows are the lever for throughput, up to a few hundred or a megabyte; more only makes retries dearer, queues coarser.
+_DEFAULT_ROWS = 512
 _DEFAULT_CALL_BYTES = 2**20
 _ENVELOPE_BYTES = 4096  # everything in a message but its tensors' data, with room to spare
 
