@@ -18,7 +18,7 @@ CORES  := -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help run serve test test-envoy fuzz crash bench bench-gpu overload soak lint format protos protos-released test-protobuf7 test-compose node lock audit build clean
+.PHONY: help run serve test test-ladder test-faults test-envoy fuzz crash bench bench-gpu overload soak lint format protos protos-released test-protobuf7 test-compose node lock audit build clean
 
 help: ## Show this list
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 18
@@ -49,14 +49,20 @@ run: $(VENV)/.user ## Train (once), export, serve, and take the SDK's tour: runs
 serve: $(VENV)/.user ## Serve ./models on 127.0.0.1:50051
 	@$(BIN)/vaeserve-server $(ARGS)
 
-test: $(VENV)/.dev ## Lint, types and the whole test suite
+test: $(VENV)/.dev ## Lint, types and the test suite, but for the two jobs below (with ARGS: whatever they name)
 	@$(MAKE) --no-print-directory style
 	@! command -v npm >/dev/null || $(MAKE) --no-print-directory node || echo "The Node.js example is not tested." >&2
 	@$(MAKE) --no-print-directory -j2 types suite
 
 .PHONY: style types suite
 suite: $(VENV)/.dev
-	@$(PYTEST) $(CORES) $(ARGS)
+	@$(PYTEST) $(CORES) $(or $(ARGS),-m "not ladder and not faults")
+
+test-ladder: $(VENV)/.dev ## The tests that train the ladder's systems
+	@$(PYTEST) $(CORES) -m ladder $(ARGS)
+
+test-faults: $(VENV)/.dev ## The tests that kill, flood and fill disks
+	@$(PYTEST) $(CORES) -m faults $(ARGS)
 
 bench: $(VENV)/.user ## How fast ./models is served, in ratios: runs/bench/results.json (ARGS="--quick" for a smoke)
 	@$(BIN)/python tests/benchmarks/bench.py $(ARGS)

@@ -29,6 +29,22 @@ LONGEST = (
     "server/test_transport_envoy.py",
     "client/test_quickstart.py",
 )
+# What `make test` leaves to jobs of their own, test-ladder and test-faults: a third of the processor time.
+JOBS = {
+    "ladder": ("training/test_ladder.py", "training/test_ladder_full.py"),
+    "faults": (
+        "benchmarks/test_overload_command.py",
+        "server/test_bombs.py",
+        "server/test_cancel_storm.py",
+        "server/test_faults.py",
+        "server/test_overload.py",
+        "server/test_rolling_restart.py",
+        "server/test_workers.py",
+        "soak/test_soak.py",
+        "training/test_crash.py",
+        "training/test_disks.py",
+    ),
+}
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -51,7 +67,12 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", f"in_process: {IN_PROCESS}")
 
 
+@pytest.hookimpl(tryfirst=True)  # before -m looks at the marks
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    jobs = {TESTS / name: job for job, names in JOBS.items() for name in names}
+    for item in items:
+        if item.path in jobs:
+            item.add_marker(jobs[item.path])
     if config.getoption("--transport") == "envoy":
         for item in items:
             if item.get_closest_marker("in_process"):

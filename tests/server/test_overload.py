@@ -25,7 +25,7 @@ _ENCODE = "/vaeserve.v1.VaeService/Encode"
 
 Stub = vae_pb2_grpc.VaeServiceStub
 IMAGE, LATENT = (1, 4, 4), (3,)
-HALF_A_SECOND, A_FEW_SECONDS, MUCH_TOO_LONG = 0.01, 0.04, 1.0
+HALF_A_SECOND, A_FEW_SECONDS, MUCH_TOO_LONG = 0.01, 0.08, 1.0
 
 
 def request(rows: int = 1, pixel: float = 0.0) -> pb.EncodeRequest:
@@ -85,7 +85,7 @@ def test_an_expired_call_leaves_the_queue_while_the_run_before_it_goes_on(
 
 
 def test_a_storm_of_cancels_leaves_an_empty_queue(slow_server: RunningServer, stub: Stub) -> None:
-    slow = occupy(slow_server, stub, HALF_A_SECOND)
+    slow = occupy(slow_server, stub, A_FEW_SECONDS)
     calls = [stub.Encode.future(request()) for _ in range(1000)]
     slow_server.until(lambda server: queued_rows(server) > 0)
     for call in calls:

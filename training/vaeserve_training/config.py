@@ -110,7 +110,7 @@ class OptimiserConfig(Section):
 
     algorithm: Literal["adamw", "adam"] = "adamw"
     """The optimiser."""
-    epochs: Positive = 4
+    epochs: Positive = 3
     """Passes over the training images."""
     batch_size: Positive = 128
     """Images per step."""
