@@ -49,19 +49,19 @@ run: $(VENV)/.user ## Train (once), export, serve, and take the SDK's tour: runs
 serve: $(VENV)/.user ## Serve ./models on 127.0.0.1:50051
 	@$(BIN)/vaeserve-server $(ARGS)
 
-test: $(VENV)/.dev ## Lint, types and the test suite, but for the two jobs below (with ARGS: whatever they name)
+test: $(VENV)/.dev ## Lint, types and the test suite, but for the jobs below (with ARGS: whatever they name)
 	@$(MAKE) --no-print-directory style
 	@! command -v npm >/dev/null || $(MAKE) --no-print-directory node || echo "The Node.js example is not tested." >&2
 	@$(MAKE) --no-print-directory -j2 types suite
 
 .PHONY: style types suite
 suite: $(VENV)/.dev
-	@$(PYTEST) $(CORES) $(or $(ARGS),-m "not ladder and not faults")
+	@$(PYTEST) $(CORES) $(or $(ARGS),-m "not ladder and not faults and not envoy")
 
 test-ladder: $(VENV)/.dev ## The tests that train the ladder's systems
 	@$(PYTEST) $(CORES) -m ladder $(ARGS)
 
-test-faults: $(VENV)/.dev ## The tests that kill, flood and fill disks
+test-faults: $(VENV)/.dev ## The tests that kill, flood, fill disks, and watch whole lives for connections
 	@$(PYTEST) $(CORES) -m faults $(ARGS)
 
 bench: $(VENV)/.user ## How fast ./models is served, in ratios: runs/bench/results.json (ARGS="--quick" for a smoke)

@@ -29,7 +29,7 @@ LONGEST = (
     "server/test_transport_envoy.py",
     "client/test_quickstart.py",
 )
-# What `make test` leaves to jobs of their own, test-ladder and test-faults: a third of the processor time.
+# What `make test` leaves to jobs of their own, test-ladder, test-faults and test-envoy: a third of the processor time.
 JOBS = {
     "ladder": ("training/test_ladder.py", "training/test_ladder_full.py"),
     "faults": (
@@ -41,9 +41,12 @@ JOBS = {
         "server/test_rolling_restart.py",
         "server/test_workers.py",
         "soak/test_soak.py",
+        "test_no_connections.py",
+        "test_no_pickle.py",
         "training/test_crash.py",
         "training/test_disks.py",
     ),
+    "envoy": ("server/test_transport_envoy.py",),
 }
 
 
