@@ -85,7 +85,7 @@ def test_a_layer_takes_the_faster_way_inside_the_context_only(
     image = torch.ones(2, 3, 4, 4)
     with FastConvolutions():
         assert layer(image).shape == (0,)
-    assert layer(image).shape == (2, 1, 8, 8) if name == "double" else (2, 1, 2, 2)
+    assert layer(image).shape == ((2, 1, 8, 8) if name == "double" else (2, 1, 2, 2))
 
 
 @pytest.mark.parametrize("filled, geometry, bias", [(1, (4, 2, 1), True), (1, (3, 1, 1), False), (7, (4, 2, 1), True)])
