@@ -61,7 +61,7 @@ suite: $(VENV)/.dev
 test-ladder: $(VENV)/.dev ## The tests that train the ladder's systems
 	@$(PYTEST) $(CORES) -m ladder $(ARGS)
 
-test-faults: $(VENV)/.dev ## The tests that kill, flood, fill disks, and watch whole lives for connections
+test-faults: $(VENV)/.dev ## The tests that kill and flood servers, and watch whole lives for connections
 	@$(PYTEST) $(CORES) -m faults $(ARGS)
 
 bench: $(VENV)/.user ## How fast ./models is served, in ratios: runs/bench/results.json (ARGS="--quick" for a smoke)

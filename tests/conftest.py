@@ -43,8 +43,6 @@ JOBS = {
         "soak/test_soak.py",
         "test_no_connections.py",
         "test_no_pickle.py",
-        "training/test_crash.py",
-        "training/test_disks.py",
     ),
     "envoy": ("server/test_transport_envoy.py",),
 }
