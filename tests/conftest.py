@@ -138,6 +138,15 @@ def _exported(checkpoint_dir: Path, folder: Path, **options: Any) -> Path:
     return folder
 
 
+def _exported_again(checkpoint_dir: Path, bundle_dir: Path, folder: Path, **options: Any) -> Path:
+    """Export with the graphs that the bundle has."""
+    from known_graphs import reuse_graphs
+
+    with pytest.MonkeyPatch.context() as patched:
+        reuse_graphs(bundle_dir, patched)
+        return _exported(checkpoint_dir, folder, **options)
+
+
 @pytest.fixture(scope="session")
 def models_dir(checkpoint_dir: Path, shared: Shared) -> Path:
     """A models folder with one bundle, mnist/1, exported from that checkpoint."""
@@ -145,9 +154,9 @@ def models_dir(checkpoint_dir: Path, shared: Shared) -> Path:
 
 
 @pytest.fixture(scope="session")
-def float16_models_dir(checkpoint_dir: Path, shared: Shared) -> Path:
+def float16_models_dir(checkpoint_dir: Path, bundle_dir: Path, shared: Shared) -> Path:
     """The same with graphs in float16 in the bundle."""
-    return shared("float16", lambda folder: _exported(checkpoint_dir, folder, float16=True))
+    return shared("float16", lambda folder: _exported_again(checkpoint_dir, bundle_dir, folder, float16=True))
 
 
 @pytest.fixture(scope="session")
@@ -155,16 +164,13 @@ def evaluated_models_dir(checkpoint_dir: Path, bundle_dir: Path, shared: Shared)
     """The same with its figures on the test images in the card, the latents' statistics among them."""
 
     def evaluate_and_export(folder: Path) -> Path:
-        from known_graphs import reuse_graphs
         from vaeserve_training import checkpoint, data
         from vaeserve_training.evaluate import evaluate
 
         model = checkpoint.load(checkpoint_dir)
         images = data.load(model.config.data)
         report = evaluate(model.vae, images, model.config.objective.likelihood)
-        with pytest.MonkeyPatch.context() as patched:
-            reuse_graphs(bundle_dir, patched)
-            return _exported(checkpoint_dir, folder, evaluation=report, data=images)
+        return _exported_again(checkpoint_dir, bundle_dir, folder, evaluation=report, data=images)
 
     return shared("evaluated", evaluate_and_export)
 

@@ -183,8 +183,12 @@ def small(model: Checkpoint) -> FittedPrior:
 
 
 @pytest.fixture(scope="module")
-def published(small: FittedPrior, model: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return export(model.path, tmp_path_factory.mktemp("models"), name="mnist", prior=small)
+def published(
+    small: FittedPrior, model: Checkpoint, bundle_dir: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    with pytest.MonkeyPatch.context() as patched:
+        reuse_graphs(bundle_dir, patched)
+        return export(model.path, tmp_path_factory.mktemp("models"), name="mnist", prior=small)
 
 
 def test_the_card_lists_a_third_graph_under_another_digest(published: Path, bundle_dir: Path) -> None:
