@@ -57,8 +57,8 @@ def measure_autoencoder(lab: Lab) -> Findings:
         for run, seed in zip(runs, seeds, strict=True)
     ]
     unseen = lab.test_pixels[: lab.scale.samples]
-    of_samples = tuple(lab.quality(images).fid for images in samples)
-    of_unseen = tuple(lab.quality(run.system.reconstruct(unseen)).fid for run in runs)
+    of_samples = tuple(lab.fid(images) for images in samples)
+    of_unseen = tuple(lab.fid(run.system.reconstruct(unseen)) for run in runs)
     made_with = sizes(
         runs[0].system.spec, seeds, f"{size} latents", f"FID-LeNet on {number(lab.scale.samples)} images a side"
     )

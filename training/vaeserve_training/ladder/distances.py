@@ -56,24 +56,28 @@ def precision_recall(real: Tensor, generated: Tensor) -> PrecisionRecall:
 
     Each set's region is the union of balls around its members that reach to their third nearest neighbour.
     """
-    radius, generated_radius = _radii(real), _radii(generated)
-    core = radius <= radius.quantile(1 - _OUTLIERS)
-    return PrecisionRecall(
-        precision=_share_inside(generated, real, radius),
-        recall=_share_inside(real, generated, generated_radius),
-        core_precision=_share_inside(generated, real[core], radius[core]),
-    )
+    radius = _radii(real)
+    core_radius = torch.where(radius <= radius.quantile(1 - _OUTLIERS), radius, -1)  # a ball that nothing lies in
+    precision, core_precision = _shares_inside(generated, real, radius, core_radius)
+    (recall,) = _shares_inside(real, generated, _radii(generated))
+    return PrecisionRecall(precision, recall, core_precision)
 
 
 def _radii(members: Tensor) -> Tensor:
     """Return each member's distance to its third nearest neighbour, (N,)."""
     chunks = torch.split(members, _CHUNK)
-    return torch.cat([torch.cdist(chunk, members).kthvalue(NEIGHBOURS + 1, dim=1).values for chunk in chunks])
+    found = [torch.cdist(chunk, members).topk(NEIGHBOURS + 1, dim=1, largest=False).values for chunk in chunks]
+    return torch.cat(found)[:, NEIGHBOURS]  # the nearest is the member itself
 
 
-def _share_inside(points: Tensor, members: Tensor, radius: Tensor) -> float:
-    inside = [(torch.cdist(chunk, members) <= radius).any(1) for chunk in torch.split(points, _CHUNK)]
-    return float(torch.cat(inside).double().mean())
+def _shares_inside(points: Tensor, members: Tensor, *radii: Tensor) -> list[float]:
+    """Return, for each set of radii (N,), the share of points that lie in the ball of any of the N members."""
+    inside: list[list[Tensor]] = [[] for _ in radii]
+    for chunk in torch.split(points, _CHUNK):
+        distance = torch.cdist(chunk, members)
+        for found, radius in zip(inside, radii, strict=True):
+            found.append((distance <= radius).any(1))
+    return [float(torch.cat(found).double().mean()) for found in inside]
 
 
 class Nearest(NamedTuple):

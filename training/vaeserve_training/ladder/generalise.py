@@ -109,10 +109,10 @@ def _measure(lab: Lab, system: System, seed: int) -> _Found:
         test_distortion=_distortion(lab, system, lab.test_pixels, seed),
         train_mse=float(image_mse(system.reconstruct(seen), seen).mean()),
         test_mse=float(image_mse(system.reconstruct(lab.test_pixels), lab.test_pixels).mean()),
-        samples_fid=lab.quality(system.decode(PRIORS[UNIT](lab, system, samples, seed))).fid,
-        fitted_fid=lab.quality(system.decode(PRIORS[FITTED](lab, system, samples, seed))).fid,
-        midpoints_fid=lab.quality(midpoints).fid,
-        unseen_fid=lab.quality(reconstructed).fid,
+        samples_fid=lab.fid(system.decode(PRIORS[UNIT](lab, system, samples, seed))),
+        fitted_fid=lab.fid(system.decode(PRIORS[FITTED](lab, system, samples, seed))),
+        midpoints_fid=lab.fid(midpoints),
+        unseen_fid=lab.fid(reconstructed),
         unseen_accuracy=lab.classifier.accuracy(reconstructed, lab.test_labels[:samples]),
     )
 

@@ -116,11 +116,13 @@ class Lab:
         """Features of the first `scale.samples` training images, with which all others are compared."""
         return self.classifier.features(intensity(self.train_pixels[: self.scale.samples]))
 
+    def fid(self, images: Tensor) -> float:
+        """Return the FID-LeNet of `scale.samples` images in 0..1 to as many training images."""
+        return frechet_distance(self.real_features, self._features(images))
+
     def quality(self, images: Tensor) -> Quality:
-        """Compare `scale.samples` images in 0..1 with as many training images."""
-        if len(images) != self.scale.samples:
-            raise ValueError(f"{len(images)} images; figures compare at {self.scale.samples} only")
-        features = self.classifier.features(images)
+        """Compare `scale.samples` images in 0..1 with as many training images in every way; `fid` is far quicker."""
+        features = self._features(images)
         among = precision_recall(self.real_features, features)
         return Quality(
             fid=frechet_distance(self.real_features, features),
@@ -129,6 +131,11 @@ class Lab:
             recall=among.recall,
             copying=copying_share(images, intensity(self.train_pixels), intensity(self.test_pixels)),
         )
+
+    def _features(self, images: Tensor) -> Tensor:
+        if len(images) != self.scale.samples:
+            raise ValueError(f"{len(images)} images; figures compare at {self.scale.samples} only")
+        return self.classifier.features(images)
 
     @cached_property
     def floor(self) -> Quality:

@@ -103,7 +103,7 @@ def measure_showcase(lab: Lab) -> Findings:
 
 def _sample_fid(lab: Lab, systems: list[System]) -> Figures:
     return tuple(
-        lab.quality(system.decode(unit_gaussian(lab, system, lab.scale.samples, seed))).fid
+        lab.fid(system.decode(unit_gaussian(lab, system, lab.scale.samples, seed)))
         for system, seed in zip(systems, lab.scale.seeds, strict=True)
     )
 
@@ -111,7 +111,7 @@ def _sample_fid(lab: Lab, systems: list[System]) -> Figures:
 def _interpolation_fid(lab: Lab, system: System, seed: int) -> float:
     codes = system.encode(lab.test_pixels)
     first, second = lab.pairs(lab.scale.samples, len(codes), seed=seed)
-    return lab.quality(system.decode((codes[first] + codes[second]) / 2)).fid
+    return lab.fid(system.decode((codes[first] + codes[second]) / 2))
 
 
 def manifold(system: System, side: int) -> Tensor:
