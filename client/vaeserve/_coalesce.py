@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import copy
 from collections.abc import Awaitable, Callable
+from dataclasses import fields
 from typing import Any
 
 import numpy as np
@@ -215,7 +216,10 @@ class Coalescer:
         start = 0
         for member in members:
             if not member.future.done():
-                member.future.set_result(value if len(members) == 1 else value[start : start + member.rows])
+                try:
+                    member.future.set_result(value if len(members) == 1 else value[start : start + member.rows])
+                except Exception as error:  # noqa: BLE001 - nobody may be left waiting
+                    _fail(member, error)
             start += member.rows
 
     async def _call(self, members: list[_Member]) -> Any:
@@ -223,9 +227,16 @@ class Coalescer:
         array = members[0].array if len(members) == 1 else np.concatenate([member.array for member in members])
         left_s = max(member.deadline for member in members) - asyncio.get_running_loop().time()
         value = await self._send(job, Part(0, rows, array), max(left_s, 0.0) + _GRACE_S)
-        if len(members) > 1 and len(value) != rows:
-            raise UnknownError(f"{self._target} answered {rows} rows of {job.operation.method} with {len(value)}")
+        if len(members) > 1 and (counts := _row_counts(value)) != {rows}:
+            found = " and ".join(map(str, sorted(counts)))
+            raise UnknownError(f"{self._target} answered {rows} rows of {job.operation.method} with {found}")
         return value
+
+
+def _row_counts(value: Any) -> set[int]:
+    """Return the number of rows of each array of an answer: one, or it is unsound."""
+    arrays = (getattr(value, field.name) for field in fields(value))
+    return {len(array) for array in arrays if isinstance(array, np.ndarray)}
 
 
 def _is_everybodys(error: Exception) -> bool:

@@ -31,6 +31,8 @@ RunGraph = Callable[[Floats], Sequence[Floats]]
 
 # A run shorter than this costs more in hand-over than another thread gains, so its rows rather join another run.
 _WORTH_A_THREAD_S = 0.001
+# But not for longer than this until that run ends.
+_WORTH_WAITING_S = 0.01
 _FIRST_RETRY_S = 0.05
 _MIN_RETRY_S = 0.005
 _MAX_RETRY_S = 10.0
@@ -104,6 +106,7 @@ class Batcher:
         self._timer: asyncio.TimerHandle | None = None
         self._queue: OrderedDict[Job, None] = OrderedDict()  # a deque that any member can leave at once
         self._running = 0
+        self._last_end = 0.0  # when the last of the runs that are on is to end, by time.monotonic()
         self._row_s = 0.0  # time of one row in one thread, as the last runs had it; 0 until there was one
 
     async def submit(self, work: Work, deadline: float = math.inf) -> Outputs:
@@ -146,14 +149,14 @@ class Batcher:
     def take(self, free_threads: int) -> BatchRun | None:
         """Return a run of the rows that have waited longest, at most a fair share of them for one of `free_threads`.
 
-        None also if a run is on and what waits is better run together with what comes until its end.
+        None also if a run is on and what waits is better run together with what comes until its end, which is near.
         """
+        now = time.monotonic()
         worthwhile = int(self.queued_rows * self._row_s / _WORTH_A_THREAD_S) if self._row_s else free_threads
-        if self._running and not worthwhile:
+        if self._running and not worthwhile and abs(self._last_end - now) < _WORTH_WAITING_S:
             return None
         share = -(-self.queued_rows // max(1, min(free_threads, worthwhile)))
         limit = min(share, self._max_batch_rows)
-        now = time.monotonic()
         pieces: list[Piece] = []
         rows = 0
         while rows < limit and self._queue:
@@ -176,6 +179,7 @@ class Batcher:
         if not pieces:
             return None
         self._running += 1
+        self._last_end = max(self._last_end, now + rows * self._row_s)
         return BatchRun(self, pieces, rows)
 
     def compute(self, pieces: Sequence[Piece], rows: int) -> list[Outputs | Exception]:
@@ -210,7 +214,10 @@ class Batcher:
                 if isinstance(answer, GraphRunError):
                     self._condition.run_failed()
             else:
-                _deliver(piece, answer)
+                try:
+                    _deliver(piece, answer)
+                except MemoryError as error:  # putting pieces together; it is nobody else's
+                    self._fail(piece.job, error)
         self.stats.batch_rows.observe(rows)
         self.stats.compute_s.observe(seconds)
         row_s = seconds / rows

@@ -234,21 +234,24 @@ def test_rows_too_many_for_a_servers_queue_go_one_by_one(brittle_dir: Path) -> N
         with_client(small.target, scenario)
 
 
-def test_an_answer_of_another_length_is_never_dealt_out(server: FaultyServer) -> None:
+@pytest.mark.parametrize("lost", [("mean", "stddev"), ("stddev",)])
+def test_an_answer_of_another_length_is_never_dealt_out(lost: tuple[str, ...], server: FaultyServer) -> None:
     encode = server.service.Encode
 
     def lose_a_row(request, context):  # type: ignore[no-untyped-def]
+        answer = encode(request, context)
         if request.images.shape[0] > 1:
-            size = len(request.images.data) // request.images.shape[0]
-            request.images.data = request.images.data[size:]
-            request.images.shape[0] -= 1
-        return encode(request, context)
+            for tensor in (getattr(answer, name) for name in lost):
+                tensor.data = tensor.data[: -(len(tensor.data) // tensor.shape[0])]
+                tensor.shape[0] -= 1
+        return answer
 
     server.service.Encode = lose_a_row
 
     async def scenario(client: AsyncClient) -> None:
         codes = await asyncio.gather(*(client.encode(numbered(1, i)) for i in range(3)))
         assert [code.mean[0, 0] * 2**14 for code in codes] == [0, 1, 2]
+        assert [code.stddev.shape for code in codes] == [(1, LATENT)] * 3
 
     with_client(server.target, scenario)
 

@@ -8,13 +8,14 @@ import threading
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from vaeserve_server.batcher import Batcher, Outputs
+from vaeserve_server.batcher import Batcher, BatchRun, Outputs
 from vaeserve_server.checks import Floats
 from vaeserve_server.errors import CallError, DeadlineError, GraphRunError, InvalidInputError, QueueFullError
 from vaeserve_server.executor import RunPool
@@ -306,7 +307,7 @@ def test_an_answer_that_is_not_finite_fails_its_own_call_without_another_run() -
 
 def test_rows_that_are_not_worth_a_thread_join_the_next_run(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter([0.0, 0.0001])  # the first run, of one row
-    timed = SimpleNamespace(perf_counter=lambda: next(clock, 0.0), monotonic=time.monotonic)
+    timed = SimpleNamespace(perf_counter=lambda: next(clock, 0.0), monotonic=lambda: 0.0)
     monkeypatch.setattr("vaeserve_server.batcher.time", timed)
     gate = Gate()
 
@@ -328,6 +329,57 @@ def test_rows_that_are_not_worth_a_thread_join_the_next_run(monkeypatch: pytest.
 
     with_batcher(scenario, gate, threads=2)
     assert sorted(gate.batches, key=len) == [[0], [1], list(range(2, 12))]
+
+
+@pytest.mark.parametrize(("rows", "starts"), [(20, False), (40, True)])
+def test_a_row_waits_for_the_run_that_is_on_only_if_that_ends_soon(
+    rows: int, starts: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = iter(
+        [0.0, 0.0004]
+    )  # the first run, of one row: 0.4 ms are not worth a thread; 20 rows end in 8 ms, 40 in 16
+    timed = SimpleNamespace(perf_counter=lambda: next(clock, 0.0), monotonic=lambda: 0.0)
+    monkeypatch.setattr("vaeserve_server.batcher.time", timed)
+
+    async def live() -> None:
+        pool: Any = SimpleNamespace(loop=asyncio.get_running_loop(), threads=2, wake=lambda _: None)
+        batcher = Batcher(Gate(), (1,), pool, max_batch_rows=128, max_queue_rows=1000)
+        calls = []
+
+        async def ask_and_take(count: int) -> BatchRun | None:
+            calls.append(asyncio.create_task(batcher.submit(Rows(range(count)))))
+            await settle()
+            return batcher.take(1)
+
+        finish(await ask_and_take(1))
+        long = await ask_and_take(rows)
+        lone = await ask_and_take(1)
+        assert (lone is not None) == starts
+        finish(long)
+        finish(lone or batcher.take(1))
+        await asyncio.gather(*calls)
+
+    def finish(run: BatchRun | None) -> None:
+        assert run is not None
+        run.execute()
+        run.complete()
+
+    asyncio.run(live())
+
+
+def test_an_answer_that_does_not_fit_into_memory_is_its_own_call_s_fault_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_room(*_: object) -> None:
+        raise MemoryError
+
+    async def scenario(batcher: Batcher) -> None:
+        with monkeypatch.context() as patched:
+            patched.setattr("vaeserve_server.batcher.np.concatenate", no_room)
+            with pytest.raises(MemoryError):
+                await batcher.submit(Rows(range(40)))
+        answer, _ = await batcher.submit(Rows([3]))
+        assert answer.item() == 7
+
+    with_batcher(scenario, Gate())
 
 
 def test_a_failed_piece_fails_the_call_and_drops_its_rest() -> None:
