@@ -165,7 +165,7 @@ def engine_maker(settings: Settings, runtime: Runtime, pool: RunPool) -> NewEngi
         max_message_bytes=settings.max_message_bytes,
         max_batch_rows=settings.max_batch_rows,
         max_queue_rows=settings.max_queue_rows,
-        batch_wait_s=settings.batch_wait_us * 1e-6,
+        batch_wait_s=settings.batch_wait_s,
         watchdog_s=settings.watchdog_s,
     )
     return lambda bundle: Engine(bundle, runtime, pool, limits)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import math
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -105,7 +106,7 @@ class Settings(BaseSettings):
     watchdog_s: Seconds = 30.0
     """Longest time for one run of a graph. A model with a longer one is not served until it ends; 0 waits for ever."""
     batch_wait_us: Annotated[int, Field(ge=0, le=1_000_000)] = 0
-    """Time that a call may wait for others to share its run. 0 never waits; the clock ticks in milliseconds."""
+    """Time that a call may wait for others to share its run, rounded up to whole milliseconds. 0 never waits."""
 
     max_connections: Annotated[int, Field(ge=0, le=_MOST)] = 0
     """Most connections of each worker. 0 is what the limit of open files allows, at most 16384."""
@@ -149,6 +150,11 @@ class Settings(BaseSettings):
     def pinned(self) -> frozenset[Key]:
         """The versions of `pin`."""
         return frozenset(Key(*version.split("/")) for version in filter(None, self.pin.split(",")))
+
+    @property
+    def batch_wait_s(self) -> float:
+        """`batch_wait_us` in seconds, and in the whole milliseconds of the event loop's clock."""
+        return math.ceil(self.batch_wait_us / 1000) / 1000
 
     @model_validator(mode="after")
     def _refuse_workers_of_envoy(self) -> Settings:

@@ -55,6 +55,11 @@ def test_pinned_versions_are_named_one_by_one() -> None:
         from_command_line(["--pin", "mnist/3,faces"])
 
 
+@pytest.mark.parametrize(("given_us", "waits_s"), [(0, 0.0), (100, 0.001), (1000, 0.001), (2500, 0.003)])
+def test_a_wait_is_never_shorter_than_asked_for(given_us: int, waits_s: float) -> None:
+    assert Settings(batch_wait_us=given_us).batch_wait_s == waits_s
+
+
 def test_settings_do_not_change() -> None:
     with pytest.raises(ValidationError, match="frozen"):
         Settings().port = 1  # type: ignore[misc]
