@@ -53,10 +53,12 @@ def sole_message(request: bytes, max_message_bytes: int) -> bytes | None:
 
 
 class Deframer:
-    """Cuts a request's bytes into messages, however the network cut them."""
+    """Cuts a request's bytes into messages, however the network cut them. After a `sole` one nothing more may come."""
 
-    def __init__(self, max_message_bytes: int) -> None:
+    def __init__(self, max_message_bytes: int, *, sole: bool = False) -> None:
         self._max_message_bytes = max_message_bytes
+        self._sole = sole
+        self._had_one = False
         self._chunks: list[bytes] = []
         self._bytes = 0
         self._needed = _PREFIX_BYTES
@@ -66,17 +68,28 @@ class Deframer:
         self._chunks.append(chunk)
         self._bytes += len(chunk)
         frames: list[Frame] = []
-        while self._bytes >= self._needed:
-            buffered = b"".join(self._chunks) if len(self._chunks) > 1 else self._chunks[0]
-            compressed, length = _PREFIX.unpack_from(buffered)
+        if self._bytes >= self._needed:
+            buffered = b"".join(self._chunks) if len(self._chunks) > 1 else chunk
+            # A megabyte may hold 200 000 empty messages: what is left is copied once, and not after each of them.
+            rest = buffered[self._cut(buffered, frames) :]
+            self._chunks, self._bytes = [rest], len(rest)
+        if self._sole and self._bytes and self._had_one:
+            raise WireError(code_pb2.INTERNAL, "the request has more than one message; the method takes one")
+        return frames
+
+    def _cut(self, buffered: bytes, frames: list[Frame]) -> int:
+        """Add the messages that `buffered` begins with to `frames`, of a sole one it alone; return where they end."""
+        position = 0
+        while len(buffered) - position >= self._needed and not (self._sole and self._had_one):
+            compressed, length = _PREFIX.unpack_from(buffered, position)
             self._check(compressed, length)
             self._needed = _PREFIX_BYTES + length
-            if len(buffered) >= self._needed:
-                frames.append(Frame(bool(compressed), buffered[_PREFIX_BYTES : self._needed]))
-                buffered = buffered[self._needed :]
+            if len(buffered) - position >= self._needed:
+                frames.append(Frame(bool(compressed), buffered[position + _PREFIX_BYTES : position + self._needed]))
+                position += self._needed
                 self._needed = _PREFIX_BYTES
-            self._chunks, self._bytes = [buffered], len(buffered)
-        return frames
+                self._had_one = True
+        return position
 
     def finish(self) -> None:
         """Check that the request did not end inside a message."""

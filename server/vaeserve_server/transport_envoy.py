@@ -228,16 +228,14 @@ class Stream:
         chunk, more = await self._chunk()
         if not more and (message := grpc_wire.sole_message(chunk, self._max_message_bytes)) is not None:
             return message
-        deframer = grpc_wire.Deframer(self._max_message_bytes)
+        deframer = grpc_wire.Deframer(self._max_message_bytes, sole=True)
         frames = deframer.feed(chunk)
         while more:
             chunk, more = await self._chunk()
             frames += deframer.feed(chunk)
         deframer.finish()
-        if len(frames) != 1:
-            raise grpc_wire.WireError(
-                code_pb2.INTERNAL, f"the request has {len(frames)} messages; the method takes one"
-            )
+        if not frames:
+            raise grpc_wire.WireError(code_pb2.INTERNAL, "the request has no message; the method takes one")
         return await self._content(frames[0])
 
     async def messages(self) -> AsyncIterator[bytes]:

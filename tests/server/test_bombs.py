@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 from grpc_health.v1 import health_pb2
 
 import serving
-from http2 import Connection, frame
+from http2 import CLOSED, Connection, frame
 from served import Served, has_envoy
 from vaeserve.v1 import vae_pb2 as pb
 
@@ -19,6 +20,7 @@ LIST_MODELS = "/vaeserve.v1.VaeService/ListModels"
 ENCODE = "/vaeserve.v1.VaeService/Encode"
 HEALTH = "/grpc.health.v1.Health/Check"
 REFLECTION = "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo"
+REFUSED = {str(code.value[0]) for code in (grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.INTERNAL)}
 EXHAUSTED = str(grpc.StatusCode.RESOURCE_EXHAUSTED.value[0])
 LIMIT_MIB = 32  # the default of --max-message-bytes
 GIB = 2**30
@@ -69,6 +71,17 @@ def test_a_claim_of_gibibytes_is_not_believed(served: Served, length: int) -> No
     with Connection(served.target) as connection, Connection(served.target) as other:
         for _ in range(50):
             connection.send(connection.open(LIST_MODELS), frame(b"a few bytes of it", length=length), end=False)
+        assert other.call(LIST_MODELS, frame(b"")) == "0"
+    assert served.peak_mib() - before < LIMIT_MIB
+
+
+def test_messages_after_the_only_one_are_not_kept(served: Served) -> None:
+    before = served.peak_mib()
+    with Connection(served.target) as connection, Connection(served.target) as other:
+        stream = connection.open(LIST_MODELS)
+        with contextlib.suppress(ConnectionError):  # grpcio closes the connection
+            connection.send_all(stream, frame(b"\xff" * 2**20) * 60)
+            assert connection.outcome(stream) in {*REFUSED, CLOSED}
         assert other.call(LIST_MODELS, frame(b"")) == "0"
     assert served.peak_mib() - before < LIMIT_MIB
 

@@ -46,6 +46,20 @@ def test_a_request_that_ends_inside_a_message_is_refused(sent: list[bytes], miss
     assert raised.value.code == code_pb2.INTERNAL
 
 
+@given(st.binary(max_size=50), st.binary(min_size=1, max_size=50), st.lists(st.integers(0, 100), max_size=4))
+def test_nothing_may_come_after_a_sole_message(message: bytes, more: bytes, cuts: list[int]) -> None:
+    deframer = grpc_wire.Deframer(LIMIT, sole=True)
+    with pytest.raises(grpc_wire.WireError, match="more than one message") as raised:
+        for piece in pieces(grpc_wire.frame(message) + more, cuts):
+            assert deframer.feed(piece) in ([], [grpc_wire.Frame(compressed=False, data=message)])
+    assert raised.value.code == code_pb2.INTERNAL
+
+
+def test_a_megabyte_of_empty_messages_is_cut_at_once() -> None:
+    # To copy what is left after each would take seconds, on the event loop.
+    assert len(grpc_wire.Deframer(LIMIT).feed(bytes(2**20))) == 2**20 // 5
+
+
 @given(st.binary(max_size=60))
 def test_arbitrary_bytes_are_cut_or_refused(data: bytes) -> None:
     deframer = grpc_wire.Deframer(LIMIT)
