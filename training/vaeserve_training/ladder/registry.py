@@ -71,7 +71,7 @@ STEPS: dict[int, Step] = {
             codes="The code is what an encoder makes of the image, without noise; nothing is asked of the codes.",
             systems=autoencode.autoencoder_systems,
             measure=autoencode.measure_autoencoder,
-            measure_s=12,
+            measure_s=15,
             classifier=True,
         ),
         Step(
@@ -88,7 +88,7 @@ STEPS: dict[int, Step] = {
             codes="To generate, the code is a draw from a prior and no encoder is needed.",
             systems=generate.generating_systems,
             measure=generate.measure_generation,
-            measure_s=45,
+            measure_s=60,
             classifier=True,
         ),
         Step(
@@ -97,7 +97,7 @@ STEPS: dict[int, Step] = {
             codes="The code is the encoder's draw; the rate weighs beta.",
             systems=tradeoff.swept_systems,
             measure=tradeoff.measure_tradeoff,
-            measure_s=20,
+            measure_s=30,
         ),
         Step(
             number=8,
@@ -105,7 +105,7 @@ STEPS: dict[int, Step] = {
             codes="The code is one number with noise on it; then each latent of the VAE, seen as such a number.",
             systems=channel.channel_systems,
             measure=channel.measure_channel,
-            measure_s=10,
+            measure_s=30,
         ),
         Step(
             number=9,
@@ -113,7 +113,7 @@ STEPS: dict[int, Step] = {
             codes="The code is the encoder's draw; here are its standard deviations, latent by latent.",
             systems=tradeoff.swept_systems,
             measure=efficiency.measure_efficiency,
-            measure_s=10,
+            measure_s=8,
         ),
         Step(
             number=10,
@@ -121,7 +121,7 @@ STEPS: dict[int, Step] = {
             codes="The code is the encoder's, with noise and without, trained on ever more images.",
             systems=generalise.growing_systems,
             measure=generalise.measure_generalisation,
-            measure_s=25,
+            measure_s=45,
             classifier=True,
         ),
         Step(
@@ -130,7 +130,7 @@ STEPS: dict[int, Step] = {
             codes="The code is the encoder's draw, with all latents, and with two that fit on a page.",
             systems=showcase.showcase_systems,
             measure=showcase.measure_showcase,
-            measure_s=20,
+            measure_s=15,
             classifier=True,
         ),
     )

@@ -91,7 +91,7 @@ QUICK = Scale(
     vector_sizes=(1, 2, 4, 8, 16),
     vector_steps=600,
     samples=5_000,
-    prior=PriorConfig(couplings=6, hidden=64, steps=1500, batch_size=256),
+    prior=PriorConfig(couplings=6, hidden=64, steps=600, batch_size=256),
     draws=5_000,
     classifier_epochs=3,
     neg_elbo_bound_nats=120.0,

@@ -34,6 +34,7 @@ if TYPE_CHECKING:  # the steps draw, and a process that only trains need not wai
     from vaeserve_training.ladder.registry import Step
 
 MOST_WORKERS = 8  # each needs some 600 MB
+_NICE = 5  # measuring comes first: all that is left to do waits for it, and training is ahead of it
 
 _CLASSIFIER = "classifier"
 _in_worker: list[Lab] = []  # the worker process's own, set by `_start_worker`
@@ -151,6 +152,8 @@ def _interrupts_for_the_parent_alone() -> Iterator[None]:
 def _start_worker(scale: Scale, data: ImageData, out: Path, device: str) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends its workers
     threading.Thread(target=_end_with_the_parent, daemon=True).start()
+    if hasattr(os, "nice"):
+        os.nice(_NICE)
     _in_worker.append(Lab(scale, data, out, device))
 
 
