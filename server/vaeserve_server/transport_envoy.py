@@ -17,7 +17,7 @@ import asyncio
 import logging
 import os
 import secrets
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from functools import partial
 from typing import Any, NoReturn, Protocol
 
@@ -145,7 +145,7 @@ class EnvoyTransport:
             return
         if headers.get(b"te") != b"trailers":  # without it Envoy sends none, and the status stands in them
             raise grpc_wire.WireError(code_pb2.INTERNAL, "the request lacks the header `te: trailers`")
-        read_metadata = partial(_sent_metadata, headers)
+        read_metadata = partial(_sent_metadata, scope["headers"])
         self._calls.admit(scope["path"], read_metadata)
         timeout = headers.get(b"grpc-timeout")
         timeout_s = None if timeout is None else grpc_wire.timeout_s(timeout)
@@ -333,9 +333,9 @@ def quiet_loop_errors(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) 
     loop.default_exception_handler(context)
 
 
-def _sent_metadata(headers: dict[bytes, bytes]) -> list[tuple[str, str | bytes]]:
+def _sent_metadata(headers: Iterable[tuple[bytes, bytes]]) -> list[tuple[str, str | bytes]]:
     """Return the caller's metadata as grpcio gives it, without that in bytes, which nothing here asks for."""
-    return [(key.decode("latin-1"), value.decode("latin-1")) for key, value in headers.items()]
+    return [(key.decode("latin-1"), value.decode("latin-1")) for key, value in headers]
 
 
 def _status(code: int, message: str) -> status.Status:
