@@ -268,6 +268,7 @@ class Bed:
         answer: dict[str, float] = self.sdk.ask(
             do=do,
             target=server.target,
+            server_pid=server.child.pid,
             bundle=str(self.model.folder),
             verb=verb.name,
             seconds=self.effort.seconds,
@@ -280,11 +281,12 @@ class Bed:
         answer: dict[str, float] = self.sdk.ask(
             do="bare_one_at_a_time",
             target=server.target,
+            server_pid=server.child.pid,
             path=verb.path,
             body_file=str(self._request(verb, 1)),
             seconds=self.effort.seconds,
         )
-        return answer["us_per_call"]
+        return 1e6 / answer["calls_per_s"]
 
     @cached_property
     def _http2_load(self) -> Child:

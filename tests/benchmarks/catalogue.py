@@ -226,6 +226,7 @@ def batch(verb: Verb, bed: Bed) -> Iterator[Measured]:
             yield Measured(
                 workload, server.transport, speed, "images/s", (alone.workload, ALONE), bound, got["cpu_share"]
             )
+            yield Measured(f"{workload}, server's time", server.transport, got["server_us"] / rows, "cpu us/image")
 
 
 def bulk(verb: Verb, rows_per_call: int | None, bed: Bed) -> Iterator[Measured]:
@@ -246,9 +247,16 @@ def bulk(verb: Verb, rows_per_call: int | None, bed: Bed) -> Iterator[Measured]:
             workload = name if dtype == "float32" else f"{name}, uint8 images"
             speed = got["images_per_s"]
             yield Measured(workload, server.transport, speed, "images/s", alone, bound if dtype == "float32" else None)
+            yield from _times(workload, server.transport, got, "image")
         if rows_per_call is None:
             speed = bed.ask_sdk("bulk_asyncio", server, verb, rows=rows)["images_per_s"]
             yield Measured(f"{name}, asyncio", server.transport, speed, "images/s", alone)
+
+
+def _times(workload: str, transport: str, got: dict[str, float], unit: str) -> Iterator[Measured]:
+    """Where the two cores' time went: the server's, its graph included, and the client's."""
+    for side in ("server", "client"):
+        yield Measured(f"{workload}, {side}'s time", transport, got[f"{side}_us"], f"cpu us/{unit}")
 
 
 def one_at_a_time(verb: Verb, bed: Bed) -> Iterator[Measured]:
@@ -257,7 +265,7 @@ def one_at_a_time(verb: Verb, bed: Bed) -> Iterator[Measured]:
         bare = (f"{verb.name}, one at a time, no SDK", server.transport)
         bound = Bound("<=", 1.25) if server is bed.echo and verb.name == "encode" else None
         yield Measured(*bare, bed.bare_call_us(server, verb), "us/call")
-        us = bed.ask_sdk("one_at_a_time", server, verb)["us_per_call"]
+        us = 1e6 / bed.ask_sdk("one_at_a_time", server, verb)["calls_per_s"]
         yield Measured(f"{verb.name}, one at a time", server.transport, us, "us/call", bare, bound)
 
 
@@ -267,12 +275,14 @@ def tasks(verb: Verb, bed: Bed) -> Iterator[Measured]:
         plain = (f"{verb.name}, {_TASKS} tasks", server.transport)
         got = bed.ask_sdk("tasks", server, verb, count=_TASKS, coalesce=False)
         yield Measured(*plain, got["calls_per_s"], "calls/s")
+        yield from _times(*plain, got, "call")
         if "coalesce" not in inspect.signature(AsyncClient).parameters:
             bed.skipped["coalesced tasks"] = "this SDK's AsyncClient has no coalesce"
             continue
         got = bed.ask_sdk("tasks", server, verb, count=_TASKS, coalesce=True)
         bound = Bound(">=", 4.0) if verb.name == "encode" and server.transport == GRPC else None
         yield Measured(f"{plain[0]}, coalesced", server.transport, got["calls_per_s"], "calls/s", plain, bound)
+        yield from _times(f"{plain[0]}, coalesced", server.transport, got, "call")
 
 
 def first_answer(bed: Bed) -> Iterator[Measured]:

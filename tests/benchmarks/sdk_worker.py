@@ -23,51 +23,90 @@ _MEMORY_ROWS = 10_000
 Array = NDArray[Any]
 
 
+class Clock:
+    """The time since it was made: by the wall, and on processors, this process's and the server's."""
+
+    def __init__(self, server_pid: int) -> None:
+        self._server_pid = server_pid
+        self._began = self._read()
+
+    def per(self, count: float, unit: str) -> dict[str, float]:
+        """Return how many of `unit` went by in a second, and the processor time of client and server for one, in us."""
+        wall, client, server = (now - before for now, before in zip(self._read(), self._began, strict=True))
+        return {f"{unit}_per_s": count / wall, "client_us": 1e6 * client / count, "server_us": 1e6 * server / count}
+
+    def _read(self) -> tuple[float, float, float]:
+        return time.perf_counter(), time.process_time(), children.cpu_s(self._server_pid)
+
+
 def bulk(
-    *, target: str, bundle: str, verb: str, rows: int, dtype: str, rows_per_call: int | None, seconds: float
+    *,
+    target: str,
+    bundle: str,
+    server_pid: int,
+    verb: str,
+    rows: int,
+    dtype: str,
+    rows_per_call: int | None,
+    seconds: float,
 ) -> dict[str, float]:
-    """Call one verb on `rows` rows again and again; return images_per_s."""
+    """Call one verb on `rows` rows again and again; return images_per_s, client_us and server_us."""
     with Client(target, rows_per_call=rows_per_call) as client:
         call = _call(client, Model(Path(bundle)), verb, rows, dtype)
-        return {"images_per_s": rows * _repeat(call, seconds)}
+        call()
+        clock = Clock(server_pid)
+        return clock.per(rows * _calls_in(call, seconds), "images")
 
 
-def bulk_asyncio(*, target: str, bundle: str, verb: str, rows: int, seconds: float) -> dict[str, float]:
+def bulk_asyncio(
+    *, target: str, bundle: str, server_pid: int, verb: str, rows: int, seconds: float
+) -> dict[str, float]:
     """Do the same by AsyncClient."""
 
-    async def work() -> float:
+    async def work() -> dict[str, float]:
         async with AsyncClient(target) as client:
             call = _call(client, Model(Path(bundle)), verb, rows)
-            return await _repeat_asyncio(call, seconds)
+            await call()
+            clock = Clock(server_pid)
+            return clock.per(rows * await _calls_in_asyncio(call, seconds), "images")
 
-    return {"images_per_s": rows * asyncio.run(work())}
+    return asyncio.run(work())
 
 
-def one_at_a_time(*, target: str, bundle: str, verb: str, seconds: float) -> dict[str, float]:
-    """Make calls of one row, each after the last one's answer; return us_per_call."""
+def one_at_a_time(*, target: str, bundle: str, server_pid: int, verb: str, seconds: float) -> dict[str, float]:
+    """Make calls of one row, each after the last one's answer; return calls_per_s, client_us and server_us."""
     with Client(target) as client:
-        return {"us_per_call": 1e6 / _repeat(_call(client, Model(Path(bundle)), verb, 1), seconds)}
+        call = _call(client, Model(Path(bundle)), verb, 1)
+        call()
+        clock = Clock(server_pid)
+        return clock.per(_calls_in(call, seconds), "calls")
 
 
-def bare_one_at_a_time(*, target: str, path: str, body_file: str, seconds: float) -> dict[str, float]:
-    """Make the same calls with grpcio and nothing else, without protobuf; return us_per_call."""
+def bare_one_at_a_time(*, target: str, path: str, server_pid: int, body_file: str, seconds: float) -> dict[str, float]:
+    """Do the same with grpcio and nothing else, without protobuf."""
     request = Path(body_file).read_bytes()[5:]
     with grpc.insecure_channel(target) as channel:
         stub = channel.unary_unary(path, None, None)
-        return {"us_per_call": 1e6 / _repeat(lambda: stub(request), seconds)}
+        stub(request)
+        clock = Clock(server_pid)
+        return clock.per(_calls_in(lambda: stub(request), seconds), "calls")
 
 
-def tasks(*, target: str, bundle: str, verb: str, count: int, coalesce: bool, seconds: float) -> dict[str, float]:
-    """Let `count` tasks make calls of one row, each one after another; return calls_per_s of all."""
+def tasks(
+    *, target: str, bundle: str, server_pid: int, verb: str, count: int, coalesce: bool, seconds: float
+) -> dict[str, float]:
+    """Let `count` tasks make calls of one row, each one after another; return the same of all their calls."""
     options: dict[str, Any] = {"coalesce": True} if coalesce else {}
 
-    async def work() -> float:
+    async def work() -> dict[str, float]:
         async with AsyncClient(target, **options) as client:
             call = _call(client, Model(Path(bundle)), verb, 1)
-            await call()
-            return sum(await asyncio.gather(*(_repeat_asyncio(call, seconds) for _ in range(count))))
+            await asyncio.gather(*(call() for _ in range(count)))
+            clock = Clock(server_pid)
+            calls = await asyncio.gather(*(_calls_in_asyncio(call, seconds) for _ in range(count)))
+            return clock.per(sum(calls), "calls")
 
-    return {"calls_per_s": asyncio.run(work())}
+    return asyncio.run(work())
 
 
 def stream(*, target: str, bundle: str, server_pid: int, rows: int) -> dict[str, float]:
@@ -113,26 +152,22 @@ def _call(client: Any, model: Model, verb: str, rows: int, dtype: str = "float32
     return lambda: client.sample(rows, seed=SEED, dtype=dtype)
 
 
-def _repeat(call: Callable[[], object], seconds: float) -> float:
-    """Return how often a second `call` can be made, after once for nothing."""
-    call()
-    began = time.perf_counter()
+def _calls_in(call: Callable[[], object], seconds: float) -> int:
+    """Return how many calls were made one after another until that time was over."""
+    end = time.perf_counter() + seconds
     for done in itertools.count(1):
         call()
-        elapsed_s = time.perf_counter() - began
-        if elapsed_s >= seconds:
-            return done / elapsed_s
+        if time.perf_counter() >= end:
+            return done
     raise AssertionError("unreachable")
 
 
-async def _repeat_asyncio(call: Callable[[], Awaitable[object]], seconds: float) -> float:
-    await call()
-    began = time.perf_counter()
+async def _calls_in_asyncio(call: Callable[[], Awaitable[object]], seconds: float) -> int:
+    end = time.perf_counter() + seconds
     for done in itertools.count(1):
         await call()
-        elapsed_s = time.perf_counter() - began
-        if elapsed_s >= seconds:
-            return done / elapsed_s
+        if time.perf_counter() >= end:
+            return done
     raise AssertionError("unreachable")
 
 

@@ -118,7 +118,7 @@ def _short(value: float) -> str:
 
 
 def _line(*cells: str) -> str:
-    widths = (36, 12, 9, 9, 6, 16, 0)
+    widths = (44, 12, 9, 12, 6, 16, 0)
     left = (True, True, False, True, False, True, True)
     return "  ".join(
         cell.ljust(width) if is_left else cell.rjust(width)
