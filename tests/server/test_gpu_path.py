@@ -8,6 +8,7 @@ import itertools
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import grpc
 import numpy as np
@@ -29,6 +30,7 @@ from vaeserve_server.settings import from_command_line
 
 IMAGE, LATENT = (1, 4, 4), (3,)
 GRAPH = encoder(IMAGE, LATENT).SerializeToString()
+CONTEXT, INVALID_CONTEXT = 7, 201
 
 
 class HostArrays:
@@ -152,30 +154,61 @@ def test_a_graph_that_cannot_be_warmed_in_a_thread_is_told_as_ever(
 
 
 class Driver:
-    """The calls that page-locked memory makes of the driver; `code` is what registering returns."""
+    """The calls that page-locked memory makes of the driver, each with the context that is current in its thread.
 
-    def __init__(self, code: int) -> None:
-        self.code = code
+    `register` and `unregister` are what those two return.
+    """
+
+    def __init__(self, register: int = 0, unregister: int = 0) -> None:
+        self.register = register
+        self.unregister = unregister
         self.registered: list[tuple[int, int, int]] = []
-        self.released: list[int] = []
+        self.released: list[tuple[int, int]] = []
+        self._of_thread = threading.local()
+
+    @property
+    def contexts(self) -> list[int]:
+        """The thread's contexts, the current one last."""
+        stack: list[int] = self._of_thread.__dict__.setdefault("contexts", [])
+        return stack
+
+    def cuCtxGetCurrent(self, context: Any) -> int:  # noqa: N802
+        context._obj.value = self.contexts[-1] if self.contexts else None
+        return 0
+
+    def cuCtxPushCurrent_v2(self, context: ctypes.c_void_p) -> int:  # noqa: N802
+        if not context.value:
+            return INVALID_CONTEXT
+        self.contexts.append(context.value)
+        return 0
+
+    def cuCtxPopCurrent_v2(self, context: Any) -> int:  # noqa: N802
+        context._obj.value = self.contexts.pop()
+        return 0
 
     def cuMemHostRegister_v2(  # noqa: N802
         self, address: ctypes.c_void_p, size: ctypes.c_size_t, flags: ctypes.c_uint
     ) -> int:
         assert address.value
+        if not self.contexts:
+            return INVALID_CONTEXT
         self.registered.append((address.value, size.value, flags.value))
-        return self.code
+        return self.register
 
-    def cuMemHostUnregister(self, address: ctypes.c_void_p) -> None:  # noqa: N802
+    def cuMemHostUnregister(self, address: ctypes.c_void_p) -> int:  # noqa: N802
         assert address.value
-        self.released.append(address.value)
+        if not self.contexts:
+            return INVALID_CONTEXT
+        self.released.append((address.value, self.contexts[-1]))
+        return self.unregister
 
 
 @pytest.mark.parametrize("code", [0, 2])
 def test_page_locked_memory_is_given_back_and_its_refusal_is_logged(
     code: int, caplog: pytest.LogCaptureFixture
 ) -> None:
-    driver = Driver(code)
+    driver = Driver(register=code)
+    driver.contexts.append(CONTEXT)
     array = pinned.page_locked((5, 2, 3), driver)  # type: ignore[arg-type]
     assert (array.shape, array.dtype) == ((5, 2, 3), np.float32)
     assert driver.registered == [(array.ctypes.data, 120, 1)]
@@ -183,7 +216,42 @@ def test_page_locked_memory_is_given_back_and_its_refusal_is_logged(
     address = array.ctypes.data
     del array
     gc.collect()
-    assert driver.released == ([] if code else [address])
+    assert driver.released == ([] if code else [(address, CONTEXT)])
+
+
+def test_page_locked_memory_is_given_back_in_its_context_by_whatever_thread_drops_it(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    driver = Driver()
+    kept: list[NDArray[np.float32]] = []
+
+    def make() -> None:
+        driver.contexts.append(CONTEXT)
+        kept.append(pinned.page_locked((1,), driver))  # type: ignore[arg-type]
+
+    thread = threading.Thread(target=make)
+    thread.start()
+    thread.join(20)
+    address = kept[0].ctypes.data
+    kept.clear()
+    gc.collect()
+    assert driver.released == [(address, CONTEXT)]
+    assert driver.contexts == []  # what this thread had before
+    assert not caplog.records
+
+
+def test_memory_that_stays_locked_is_told_once(caplog: pytest.LogCaptureFixture) -> None:
+    pinned._warn_of_locked_memory.cache_clear()
+    driver = Driver(unregister=4)
+    driver.contexts.append(CONTEXT)
+    for _ in range(3):
+        pinned.page_locked((1,), driver)  # type: ignore[arg-type]
+    gc.collect()
+    assert len(driver.released) == 3
+    assert [(record.message, record.fields) for record in caplog.records] == [
+        ("page-locked memory is not given back", {"cuda_error": 4})
+    ]
+    assert driver.contexts == [CONTEXT]
 
 
 def test_provider_options_follow_the_flags() -> None:
@@ -221,7 +289,7 @@ def test_a_gpu_session_gets_the_options_and_a_bound_graph(monkeypatch: pytest.Mo
     monkeypatch.setattr(graphs, "_cuda_problem", lambda: "")
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: [graphs.CUDA, graphs.CPU])
     monkeypatch.setattr(graphs, "_session", session)
-    monkeypatch.setattr(pinned, "driver", lambda: Driver(0))
+    monkeypatch.setattr(pinned, "driver", Driver)
     options = graphs.CudaOptions(cuda_graphs=True)
     graph = graphs.Runtime("cuda", options).load(GRAPH, 2)
     assert isinstance(graph, graphs.BoundGraph)
