@@ -166,12 +166,15 @@ class BoundGraph(Graph):
         binding = self._session.io_binding()
         values = []
         for port in (*self.inputs, *self.outputs):
-            shape = [size, *(axis or 0 for axis in port.shape[1:])]
-            values.append(onnxruntime.OrtValue.ortvalue_from_shape_and_type(shape, np.float32, self._device, 0))
+            dimensions = [size, *(axis or 0 for axis in port.shape[1:])]
+            values.append(onnxruntime.OrtValue.ortvalue_from_shape_and_type(dimensions, np.float32, self._device, 0))
         binding.bind_ortvalue_input(self._input_name, values[0])
         for name, value in zip(self._output_names, values[1:], strict=True):
             binding.bind_ortvalue_output(name, value)
-        host = self._new_host_array(tuple(values[0].shape()))
+        shape = tuple(values[0].shape())
+        # A thread has a CUDA context from its first call on; buffers out of the arena may have taken none.
+        values[0].update_inplace(np.zeros(shape, np.float32))
+        host = self._new_host_array(shape)
         return _Buffers(partial(self._session.run_with_iobinding, binding, self._run_options), host, values)
 
 

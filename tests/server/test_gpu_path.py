@@ -7,6 +7,7 @@ import gc
 import itertools
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,7 @@ class HostArrays:
         return np.full(shape, np.nan, np.float32)  # so that a row which nobody wrote would show
 
 
-def bound(data: bytes, max_rows: int, host_arrays: HostArrays, *, capture: bool = False) -> graphs.BoundGraph:
+def bound(data: bytes, max_rows: int, host_arrays: graphs.NewHostArray, *, capture: bool = False) -> graphs.BoundGraph:
     session = onnxruntime.InferenceSession(data, providers=[graphs.CPU])
     return graphs.BoundGraph(session, max_rows, device="cpu", new_host_array=host_arrays, capture=capture)
 
@@ -99,6 +100,22 @@ def test_each_thread_has_buffers_of_its_own_and_makes_them_once() -> None:
         list(pool.map(work, [0.1, 0.2, 0.3]))
     assert len(host_arrays.made) == 9  # three threads, sizes 1, 2 and 4
     assert len(set(host_arrays.made)) == 9
+
+
+def test_each_thread_has_used_the_device_before_it_locks_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    driver = Driver()
+    copy_in = onnxruntime.OrtValue.update_inplace
+
+    def copy_in_on_a_gpu(value: onnxruntime.OrtValue, rows: NDArray[np.float32]) -> None:
+        driver.contexts.append(CONTEXT)  # as CUDA does at a thread's first call
+        copy_in(value, rows)
+
+    monkeypatch.setattr(onnxruntime.OrtValue, "update_inplace", copy_in_on_a_gpu)
+    graph = bound(GRAPH, 4, partial(pinned.page_locked, library=driver))  # type: ignore[arg-type]
+    for _ in range(2):
+        with ThreadPoolExecutor(1) as thread:
+            thread.submit(graph.run, np.zeros((3, *IMAGE), np.float32)).result(20)
+    assert len(driver.registered) == 2
 
 
 def test_a_bound_graph_fails_and_stops_as_a_plain_one_does() -> None:
