@@ -100,7 +100,7 @@ def _gpu_groups() -> list[Group]:
 
 def onnxruntime_alone(graph: str, bed: Bed) -> Iterator[Measured]:
     """ONNX Runtime in process: at each batch size the best of its settings, and the best of all."""
-    batches = [rows for rows in _BATCHES if rows <= bed.max_rows]
+    batches = _batches(bed)
     answer = bed.onnxruntime.ask(do="measure", graph=graph, batches=batches, seconds=bed.effort.seconds / 8)
     best: dict[int, str] = {}
     for rows in batches:
@@ -111,6 +111,11 @@ def onnxruntime_alone(graph: str, bed: Bed) -> Iterator[Measured]:
     best_rows = max(batches, key=lambda rows: answer[str(rows)][best[rows]])
     bed.best_alone[graph] = best | {BEST: best[best_rows]}
     bed.best_batch[graph] = best_rows
+
+
+def _batches(bed: Bed) -> list[int]:
+    """Return the batch sizes that the model takes."""
+    return [rows for rows in _BATCHES if rows <= bed.max_rows]
 
 
 def alone_beside(graph: str, rows: int, workload: str, bed: Bed) -> Measured:
@@ -230,7 +235,12 @@ def batch(verb: Verb, bed: Bed) -> Iterator[Measured]:
 
 
 def bulk(verb: Verb, rows_per_call: int | None, bed: Bed) -> Iterator[Measured]:
-    """One array of many rows through the SDK, beside the best that ONNX Runtime does alone."""
+    """One array of many rows through the SDK, beside the best that ONNX Runtime does alone.
+
+    Of a model that takes fewer rows than `rows_per_call` in a call, calls have the largest batch size that it takes.
+    """
+    if rows_per_call is not None:
+        rows_per_call = max(rows for rows in _batches(bed) if rows <= rows_per_call)
     image_bytes = 4 * int(np.prod(bed.model.card.image_shape))
     rows = min(_BULK_ROWS, _BULK_BYTES // image_bytes)
     name = f"{verb.name}, bulk" if rows_per_call is None else f"{verb.name}, bulk, {rows_per_call} rows a call"

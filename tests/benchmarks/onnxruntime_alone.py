@@ -1,7 +1,8 @@
 """ONNX Runtime's own speed on a bundle's graphs, in a process of its own: the limit that serving is measured against.
 
 On a CPU every batch size is run by one- and by many-thread sessions, from one and from many threads; the best counts.
-On a GPU the inputs and outputs are bound: to device memory, with the copies in and out that any server has to make.
+On a GPU the provider has the server's options, and the inputs and outputs are bound: to device memory, with the copies
+in and out that any server has to make.
 """
 
 from __future__ import annotations
@@ -21,9 +22,7 @@ os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 import onnxruntime
 
 import children
-
-CUDA = "CUDAExecutionProvider"
-CPU = "CPUExecutionProvider"
+from vaeserve_server.graphs import CUDA, CudaOptions
 
 Floats = NDArray[np.float32]
 
@@ -85,7 +84,10 @@ class Alone:
             options = onnxruntime.SessionOptions()
             options.intra_op_num_threads = threads
             options.inter_op_num_threads = 1
-            session = onnxruntime.InferenceSession(self._bundle / f"{graph}.onnx", options, providers=[self._provider])
+            provider_options = CudaOptions().provider_options() if self._provider == CUDA else {}
+            session = onnxruntime.InferenceSession(
+                self._bundle / f"{graph}.onnx", options, providers=[(self._provider, provider_options)]
+            )
             if session.get_providers()[0] != self._provider:
                 raise children.BenchError(f"the graph runs on {session.get_providers()[0]}, not on {self._provider}")
             self._sessions[graph, threads] = session

@@ -6,14 +6,20 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import grpc
 import numpy as np
+import onnxruntime
 import pytest
 from numpy.typing import NDArray
 
+import bench
+import catalogue
 import h2load
 import http2_load
+import onnxruntime_alone
+from bed import GRPC, Bed, Effort
 from bundles import write_bundle
 from children import BenchError
 from serving import running_server
@@ -21,6 +27,7 @@ from table import Bound, Measured, Table, text
 from traffic import VERBS, check, find_model, framed
 from vaeserve import tensors
 from vaeserve.v1 import vae_pb2, vae_pb2_grpc
+from vaeserve_server.graphs import CUDA, CudaOptions
 
 BENCH = Path(__file__).with_name("bench.py")
 KEYS = {"workload", "transport", "value", "unit", "baseline", "ratio", "bound", "met", "rounds", "note"}
@@ -139,6 +146,42 @@ def test_without_a_gpu_the_gpu_benchmark_says_so(models: Path, tmp_path: Path) -
     assert done.returncode == 0
     assert "there is no GPU to measure here" in done.stdout
     assert not any(tmp_path.iterdir())
+
+
+def test_the_groups_of_a_gpu_run_on_a_model_of_few_rows(
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VAESERVE_MAX_ROWS_PER_CALL", "200")
+    monkeypatch.setattr(catalogue, "_BULK_ROWS", 600)
+    monkeypatch.setattr(catalogue, "_IN_FLIGHT", (1, 8))
+    effort = Effort(seconds=0.02, rounds=1, stream_rows=0)
+    with Bed(find_model(models, None), models, tmp_path, "cpu", effort) as bed:
+        bed.servers = [bed.serve(GRPC)]
+        rows = bench.one_round(bed, catalogue._gpu_groups(), 0, 1)
+    bulk = {row.workload for row in rows if row.transport == GRPC and "bulk" in row.workload}
+    assert "encode, bulk, 128 rows a call" in bulk
+    assert "decode, bulk, 128 rows a call, uint8 images" in bulk
+    keys = {(row.workload, row.transport) for row in rows}
+    assert all(row.baseline in keys for row in rows if row.baseline is not None)
+    assert ("start to first answer", GRPC) in keys
+
+
+def test_onnxruntime_alone_has_the_options_that_the_server_has_on_a_gpu(
+    models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Any] = []
+
+    class Session:
+        def __init__(self, graph: Path, options: Any, *, providers: list[Any]) -> None:
+            asked.extend(providers)
+
+        def get_providers(self) -> list[str]:
+            return [CUDA]
+
+    monkeypatch.setattr(onnxruntime, "preload_dlls", lambda: None)
+    monkeypatch.setattr(onnxruntime, "InferenceSession", Session)
+    onnxruntime_alone.Alone(find_model(models, None).folder, CUDA, 2)._session("encoder", 1)
+    assert asked == [(CUDA, CudaOptions().provider_options())]
 
 
 def _usable_providers() -> list[str]:
