@@ -126,11 +126,6 @@ class ClientBase(ABC):
         self._cards[ref] = self._cards[info.ref] = info
         return info
 
-    def _notice(self, ref: ModelRef, info: ModelInfo, served: ModelRef) -> None:
-        """Forget a card when an answer came from another model: the server has loaded a new one."""
-        if served.digest != info.digest:
-            self._cards.pop(ref, None)
-
     def _failure(self, status: StatusLike, timeout_s: float | None) -> VaeserveError:
         return from_status(status, target=self.target, timeout_s=timeout_s)
 
