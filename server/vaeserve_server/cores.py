@@ -11,19 +11,21 @@ from pathlib import Path, PurePosixPath
 
 
 def available_cores(root: Path = Path("/")) -> int:
-    """Return the number of cores to use, at least 1. `root` is where proc and sys are looked up."""
+    """Return the number of whole cores to use, at least 1. `root` is where proc and sys are looked up."""
     affinity = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, math.ceil(min(affinity, cgroup_quota(root))))
+    return max(1, math.floor(min(affinity, cgroup_quota(root))))
 
 
 def cgroup_quota(root: Path) -> float:
     """Return the cores that the cgroup (version 1 or 2) and its parents allow; infinity without a limit."""
     mounts = root / "sys/fs/cgroup"
     quota = math.inf
+    hybrid = mounts / "unified"  # where version 2 is mounted beside hierarchies of version 1
     for line in _read(root / "proc/self/cgroup").splitlines():
         _, controllers, path = line.split(":", 2)
-        if not controllers:  # version 2: one hierarchy, mounted at the top
-            quota = min(quota, *(_quota_v2(folder) for folder in _lineage(mounts, path)))
+        if not controllers:  # version 2: one hierarchy
+            mount = hybrid if hybrid.is_dir() else mounts
+            quota = min(quota, *(_quota_v2(folder) for folder in _lineage(mount, path)))
         elif "cpu" in controllers.split(","):
             mount = mounts / controllers if (mounts / controllers).is_dir() else mounts / "cpu"
             quota = min(quota, *(_quota_v1(folder) for folder in _lineage(mount, path)))

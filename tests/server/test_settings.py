@@ -154,6 +154,14 @@ def test_only_this_machine_is_loopback(host: str, expected: bool) -> None:
         ),
         (
             {
+                "proc/self/cgroup": "4:memory:/a\n0::/pod/box\n",  # hybrid, with processor time left to version 2
+                "sys/fs/cgroup/unified/pod/box/cpu.max": "max 100000\n",
+                "sys/fs/cgroup/unified/pod/cpu.max": "250000 100000\n",
+            },
+            2.5,
+        ),
+        (
+            {
                 "proc/self/cgroup": "4:memory:/a\n2:cpu,cpuacct:/docker/1\n",
                 "sys/fs/cgroup/cpu,cpuacct/docker/1/cpu.cfs_quota_us": "200000\n",
                 "sys/fs/cgroup/cpu,cpuacct/docker/1/cpu.cfs_period_us": "100000\n",
@@ -183,8 +191,16 @@ def test_the_cgroups_quota_is_found(files: dict[str, str], cores: float, tmp_pat
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text)
     assert cgroup_quota(tmp_path) == cores
-    affinity = len(os.sched_getaffinity(0))
-    assert available_cores(tmp_path) == max(1, min(affinity, -(-cores // 1)))
+
+
+@pytest.mark.parametrize(("quota", "cores"), [("50000", 1), ("150000", 1), ("200000", 2), ("399999", 3), ("max", 4)])
+def test_part_of_a_core_is_none_to_use(quota: str, cores: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 2, 3}, raising=False)
+    (tmp_path / "proc/self").mkdir(parents=True)
+    (tmp_path / "proc/self/cgroup").write_text("0::/\n")
+    (tmp_path / "sys/fs/cgroup").mkdir(parents=True)
+    (tmp_path / "sys/fs/cgroup/cpu.max").write_text(f"{quota} 100000\n")
+    assert available_cores(tmp_path) == cores
 
 
 def test_a_log_line_reads_well_and_cuts_well() -> None:
