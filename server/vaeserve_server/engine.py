@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -319,18 +320,32 @@ def _warm(path: Path, graph: Graph, rows: int, limit_s: float = 0.0) -> None:
     BundleError if it does not run, or not within `limit_s` (0: whatever it takes).
     """
     batch = np.zeros((rows, *(axis or 0 for axis in graph.inputs[0].shape[1:])), np.float32)
-    breaker = Timer(limit_s or math.inf, graph.stop)
-    breaker.daemon = True
-    if limit_s:
-        breaker.start()
+    too_long = BundleError(path, f"the graph's run on {rows} rows does not end within {limit_s:g} s")
     try:
-        outputs = graph.run(batch)
+        with _time_limit(graph, limit_s):
+            outputs = graph.run(batch)
     except GraphRunError as error:
         raise BundleError(path, f"the graph does not run on {rows} rows ({error})") from None
     except NotServingError:
-        raise BundleError(path, f"the graph's run on {rows} rows does not end within {limit_s:g} s") from None
-    finally:
-        breaker.cancel()
+        raise too_long from None
+    if limit_s and graph.stopped:  # just as the run ended
+        raise too_long
     for port, output in zip(graph.outputs, outputs, strict=True):
         if output.shape != (rows, *port.shape[1:]) or not is_finite(output):
             raise BundleError(path, f"{port.name} for {rows} rows of zeros is not finite {(rows, *port.shape[1:])}")
+
+
+@contextmanager
+def _time_limit(graph: Graph, limit_s: float) -> Iterator[None]:
+    """Stop the graph, for good, if the block takes longer than `limit_s` (0: whatever it takes)."""
+    if not limit_s:
+        yield
+        return
+    breaker = Timer(limit_s, graph.stop)
+    breaker.daemon = True
+    breaker.start()
+    try:
+        yield
+    finally:
+        breaker.cancel()
+        breaker.join()  # it may be past the point at which it can be cancelled

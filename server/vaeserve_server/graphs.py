@@ -95,9 +95,15 @@ class Graph:
         try:
             return self._run(batch)
         except Exception as error:
-            if self._run_options.terminate:
+            if self.stopped:
                 raise NotServingError("the model stopped being served while the call ran") from None
             raise GraphRunError(f"{type(error).__name__}: {error}") from error
+
+    @property
+    def stopped(self) -> bool:
+        """Whether runs are refused."""
+        stopped: bool = self._run_options.terminate
+        return stopped
 
     def stop(self) -> None:
         """End the runs that are on, at their next node, and all later ones: they raise NotServingError."""

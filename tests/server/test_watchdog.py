@@ -16,13 +16,14 @@ import onnxruntime
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from bundles import ENCODER, brittle_encoder, endless_on_zeros, run_directly, slow_encoder, write_bundle
+from bundles import ENCODER, brittle_encoder, encoder, endless_on_zeros, run_directly, slow_encoder, write_bundle
 from metrics_page import scrape_until
 from serving import RunningServer, running_server
 from vaeserve import tensors
 from vaeserve.v1 import vae_pb2 as pb
 from vaeserve.v1 import vae_pb2_grpc
-from vaeserve_server import graphs
+from vaeserve_server import engine, graphs
+from vaeserve_server.errors import BundleError
 
 Stub = vae_pb2_grpc.VaeServiceStub
 IMAGE, LATENT = (1, 4, 4), (3,)
@@ -261,6 +262,30 @@ def test_a_new_version_that_hangs_when_it_is_warmed_is_refused(
     server.server.reload()
     scrape_until(server, lambda page: page("vaeserve_refused_versions", model="works", version="2") == 1)
     assert Stub(channel).Encode(encode("works")).model.version == "1"
+
+
+class LateStop(graphs.Graph):
+    """A graph whose run ends in the moment in which it is stopped for having taken too long."""
+
+    def __init__(self, data: bytes) -> None:
+        super().__init__(onnxruntime.InferenceSession(data, providers=[graphs.CPU]), 1)
+        self._stopping = threading.Event()
+
+    def run(self, batch: np.ndarray) -> list[np.ndarray]:
+        outputs = super().run(batch)
+        assert self._stopping.wait(LIMIT_S)
+        return outputs
+
+    def stop(self) -> None:
+        self._stopping.set()
+        threading.Event().wait(0.1)  # the run's thread is faster
+        super().stop()
+
+
+def test_a_graph_that_was_stopped_as_its_run_ended_is_refused() -> None:
+    graph = LateStop(encoder(IMAGE, LATENT).SerializeToString())
+    with pytest.raises(BundleError, match=r"run on 1 rows does not end within 0\.01 s"):
+        engine._warm(Path("encoder.onnx"), graph, 1, 0.01)
 
 
 def test_a_drain_does_not_wait_for_a_run_that_never_ends(
