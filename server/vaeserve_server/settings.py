@@ -59,7 +59,8 @@ class Settings(BaseSettings):
     """What encoders and decoders compute in. fp16 is for GPUs, and for models published with it; the model's card says
     how exact it is."""
     threads: CountOrAuto = 0
-    """Runs of graphs at once, shared out among workers. 0 is the cores that may be used on a CPU, 1 each on a GPU."""
+    """Runs of graphs at once, shared out evenly among workers. 0 is the whole cores that may be used on a CPU, 1 each
+    on a GPU."""
     workers: Count = 1
     """Server processes on the one port. More pay on a CPU where small calls are the load; clients then need several
     connections."""
@@ -70,7 +71,7 @@ class Settings(BaseSettings):
     gpu_memory_bytes: CountOrAuto = 0
     """On a GPU: most memory that each graph's session may take for its arena. 0 is no limit."""
     cuda_graphs: CliImplicitFlag[bool] = False
-    """On a GPU: replay each batch size's kernels as one CUDA graph. Pays for small models; one thread only."""
+    """On a GPU: replay each batch size's kernels as one CUDA graph. Pays for small models; one thread a worker."""
 
     transport: Transport = "grpc"
     """What carries the calls. envoy needs the extra of that name, and takes several times as many calls a second."""
@@ -164,8 +165,10 @@ class Settings(BaseSettings):
 
     @model_validator(mode="after")
     def _refuse_threads_of_cuda_graphs(self) -> Settings:
-        if self.cuda_graphs and self.threads > 1:
-            raise ValueError(f"cuda-graphs takes one thread, not {self.threads}; leave --threads out")
+        if self.cuda_graphs and self.threads > self.workers:
+            raise ValueError(
+                f"cuda-graphs takes one thread a worker, {self.workers} in all, not {self.threads}; leave --threads out"
+            )
         return self
 
     @model_validator(mode="after")

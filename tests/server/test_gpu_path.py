@@ -315,10 +315,13 @@ def test_a_gpu_session_gets_the_options_and_a_bound_graph(monkeypatch: pytest.Mo
     assert asked == [options]
 
 
-def test_cuda_graphs_take_one_thread() -> None:
-    with pytest.raises(StartError, match="cuda-graphs takes one thread, not 2; leave --threads out"):
+def test_cuda_graphs_take_one_thread_a_worker() -> None:
+    with pytest.raises(StartError, match="one thread a worker, 1 in all, not 2; leave --threads out"):
         from_command_line(["--cuda-graphs", "--threads", "2"])
+    with pytest.raises(StartError, match="one thread a worker, 2 in all, not 3"):
+        from_command_line(["--cuda-graphs", "--workers", "2", "--threads", "3"])
     assert from_command_line(["--cuda-graphs", "--threads", "1"]).cuda_graphs
+    assert from_command_line(["--cuda-graphs", "--workers", "2", "--threads", "2"]).cuda_graphs
 
 
 @pytest.mark.skipif(graphs._cuda_problem() != "", reason="needs a GPU")
