@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from vaeserve_server.executor import RunPool
+from vaeserve_server.executor import Run, RunPool
 
 _PROBE_S = 1.0
 
@@ -57,7 +57,11 @@ class Condition:
         """Note that a run failed, and find out whose fault it was."""
         if not self._asking and not self._closed:
             self._asking = True
-            self._pool.submit(_Probe(self._probe, self))
+            self._pool.submit(self.probe_by(self._probe))
+
+    def probe_by(self, probe: Callable[[], object]) -> Run:
+        """Return a run of `probe` whose outcome is the graph's condition."""
+        return _Probe(probe, self)
 
     def close(self) -> None:
         """Ask no more."""

@@ -26,7 +26,7 @@ from vaeserve_server.errors import (
     NotServingError,
     StartError,
 )
-from vaeserve_server.executor import RunPool
+from vaeserve_server.executor import Run, RunPool
 from vaeserve_server.graphs import CUDA, Graph, Runtime
 from vaeserve_server.latent_health import LatentHealth
 from vaeserve_server.stats import GraphStats
@@ -102,9 +102,10 @@ class Engine:
         self.max_rows_per_call = _max_rows(self, limits)  # of shapes that are the graphs' own by now
         self.provider = graphs[ENCODER].provider
         self.precision = runtime.precision
+        self._warm = {role: partial(_warm, bundle.graphs[role].path, graph) for role, graph in graphs.items()}
         for role, graph in graphs.items():
             for rows in graph.warm_rows:
-                warm = partial(_warm, bundle.graphs[role].path, graph, rows, limits.watchdog_s)
+                warm = partial(self._warm[role], rows, limits.watchdog_s)
                 if graph.warm_everywhere:
                     pool.run_in_each(warm)  # size by size: other models' runs go between
                 else:
@@ -114,7 +115,7 @@ class Engine:
         self.on_change: Callable[[], None] = lambda: None
         self._closed = False
         self._conditions = {
-            role: Condition(pool, partial(_warm, bundle.graphs[role].path, graph, graph.warm_rows[0]), self._changed)
+            role: Condition(pool, partial(self._warm[role], graph.warm_rows[0]), self._changed)
             for role, graph in graphs.items()
         }
         self._batchers = {
@@ -134,6 +135,7 @@ class Engine:
         self._decoder = self._batchers[DECODER]
         self._prior = self._batchers.get(PRIOR)
         self._in_flight = InFlight()
+        pool.loop.call_soon_threadsafe(pool.residents.add, self)
 
     async def encode(self, images: Array, draw: Noise | None = None, deadline: float = math.inf) -> Outputs:
         """Return (mean, stddev) of the posterior of each image, and mean + stddev * noise where `draw` is given.
@@ -210,6 +212,15 @@ class Engine:
     def graph_stats(self) -> list[tuple[GraphStats, int]]:
         """Return what each graph's queue has counted, and the rows that wait in it now."""
         return [(batcher.stats, batcher.queued_rows) for batcher in self._batchers.values()]
+
+    def first_runs(self) -> list[Run]:
+        """Return the runs that make a thread ready which came later, of graphs that can be relied on."""
+        return [
+            self._conditions[role].probe_by(partial(self._warm[role], rows))
+            for role, graph in self._graphs.items()
+            if graph.warm_everywhere and not self._closed and not self._conditions[role].problem
+            for rows in graph.warm_rows
+        ]
 
     def retire(self, unloaded: Callable[[], None]) -> None:
         """Give the memory back once the calls that are in have ended, and then call `unloaded`. No more may come."""

@@ -14,9 +14,11 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from functools import partial
 from queue import SimpleQueue
-from threading import Barrier, Thread
+from threading import Barrier, Thread, current_thread
 from typing import Protocol
+from weakref import WeakSet
 
 from vaeserve_server.errors import GraphRunError
 
@@ -74,6 +76,13 @@ class RunSource(Protocol):
         """Return whether another run could be taken at once."""
 
 
+class Resident(Protocol):
+    """What every thread is to be ready for: a model."""
+
+    def first_runs(self) -> Sequence[Run]:
+        """Return the runs that make a thread ready which came later. Asked on the event loop."""
+
+
 class RunPool:
     """Threads shared by every graph of the process; graphs with work take turns.
 
@@ -89,6 +98,7 @@ class RunPool:
         self._quiet_turns = 0
         self._runs: SimpleQueue[Run | None] = SimpleQueue()
         self._names = map("run-{}".format, itertools.count())
+        self.residents: WeakSet[Resident] = WeakSet()
         self.workers: list[Worker] = []
         for _ in range(threads):
             self._hire()
@@ -112,10 +122,8 @@ class RunPool:
             return
         worker.lost = True
         self.workers.remove(worker)
-        self._hire()
-        self._free += 1
-        run.stall()
-        self._schedule()
+        run.stall()  # first, for its model needs no new thread just now
+        self._hire(_Series([run for resident in self.residents for run in resident.first_runs()]))
 
     def run_in_each(self, work: Callable[[], None]) -> None:
         """Do `work` once in every thread, all at the same time, and raise what one of them raised. Blocks.
@@ -142,8 +150,8 @@ class RunPool:
         if left:
             _log.error("runs did not end", extra={"fields": {"threads": ", ".join(left)}})
 
-    def _hire(self) -> None:
-        worker = Worker(self._work, next(self._names))
+    def _hire(self, *first: Run) -> None:
+        worker = Worker(partial(self._work, first), next(self._names))
         self.workers.append(worker)
         worker.start()
 
@@ -183,8 +191,8 @@ class RunPool:
         finally:  # whatever happened to one run, the next ones go on
             self._schedule()
 
-    def _work(self, worker: Worker) -> None:
-        while (run := self._runs.get()) is not None:
+    def _work(self, first: Sequence[Run], worker: Worker) -> None:
+        for run in itertools.chain(first, iter(self._runs.get, None)):
             worker.runs += 1
             worker.run_in_hand = run
             run.execute()
@@ -225,3 +233,30 @@ class _Everywhere:
 
     def stall(self) -> None:
         self.error.set_result(GraphRunError("the run does not end"))
+
+
+class _Series:
+    """Runs one after another in one thread. Each begins anew for the watchdog."""
+
+    may_stall = True
+
+    def __init__(self, runs: Sequence[Run]) -> None:
+        self._runs = runs
+        self._in_hand: Run | None = None
+
+    def execute(self) -> None:
+        worker = current_thread()
+        assert isinstance(worker, Worker)
+        for run in self._runs:
+            self._in_hand = run
+            worker.runs += 1
+            run.execute()
+
+    def complete(self) -> None:
+        for run in self._runs:
+            run.complete()
+        self._runs, self._in_hand = (), None  # a thread keeps its first run
+
+    def stall(self) -> None:
+        if self._in_hand is not None:
+            self._in_hand.stall()

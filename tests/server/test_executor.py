@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Awaitable, Callable
 
 from vaeserve_server.executor import RunPool
+from vaeserve_server.watchdog import Watchdog
 
 MORE_THAN_QUIET_TURNS = 20
 
@@ -38,6 +40,38 @@ class Source:
 
     def complete(self) -> None:
         self.done.set()
+
+
+class FirstRun:
+    """What a new thread does first; it ends when `let_go` is set."""
+
+    may_stall = True
+
+    def __init__(self, events: list[str]) -> None:
+        self.events = events
+        self.begun, self.let_go = threading.Event(), threading.Event()
+        self.stalled, self.ended = asyncio.Event(), asyncio.Event()
+
+    def execute(self) -> None:
+        self.begun.set()
+        assert self.let_go.wait(20)
+        self.events.append("first run")
+
+    def complete(self) -> None:
+        self.events.append("complete")
+        self.ended.set()
+
+    def stall(self) -> None:
+        self.events.append("stall")
+        self.stalled.set()
+
+
+class Resident:
+    def __init__(self, *runs: FirstRun) -> None:
+        self.runs = runs
+
+    def first_runs(self) -> tuple[FirstRun, ...]:
+        return self.runs
 
 
 def live(scenario: Callable[[Source], Awaitable[None]]) -> None:
@@ -102,5 +136,50 @@ def test_what_came_while_the_threads_were_busy_starts_when_one_is_free() -> None
         source.done.clear()
         await source.done.wait()
         assert source.runs == [64, 3]
+
+    live(scenario)
+
+
+def test_a_thread_that_comes_later_is_made_ready_before_it_takes_runs() -> None:
+    async def scenario(source: Source) -> None:
+        pool, events = source.pool, []
+        hangs, prepares = FirstRun(events), FirstRun(events)
+        resident = Resident(prepares)
+        pool.residents.add(resident)
+        pool.submit(hangs)
+        await asyncio.to_thread(hangs.begun.wait, 20)
+        pool.replace(pool.workers[0])
+        source.arrive(64)
+        for _ in range(MORE_THAN_QUIET_TURNS):
+            await asyncio.sleep(0)
+        assert (events, source.runs) == (["stall"], [])
+        prepares.let_go.set()
+        await source.done.wait()
+        assert (events, source.runs) == (["stall", "first run", "complete"], [64])
+        hangs.let_go.set()
+
+    live(scenario)
+
+
+def test_a_first_run_that_does_not_end_is_found_and_the_others_before_it_were_not_too_long() -> None:
+    async def scenario(source: Source) -> None:
+        pool, events = source.pool, []
+        hangs, first, second = FirstRun(events), FirstRun(events), FirstRun(events)
+        first.let_go.set()
+        resident = Resident(first, second)
+        pool.residents.add(resident)
+        watchdog = Watchdog(pool, 0.2)
+        pool.submit(hangs)
+        await hangs.stalled.wait()
+        resident.runs = ()
+        await second.stalled.wait()
+        source.arrive(64)
+        await source.done.wait()
+        assert not first.stalled.is_set()
+        watchdog.close()
+        for run in (hangs, second):
+            run.let_go.set()
+            await run.ended.wait()
+        assert pool._free == 1
 
     live(scenario)

@@ -157,6 +157,37 @@ def test_no_caller_pays_for_a_size(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
         assert sorted(host_arrays.made) == prepared
 
 
+def test_no_caller_pays_for_a_thread_that_came_later(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    host_arrays, let_go = HostArrays(), threading.Event()
+    run = graphs.BoundGraph._run
+
+    def run_or_hang(graph: graphs.BoundGraph, batch: NDArray[np.float32]) -> list[NDArray[np.float32]]:
+        if batch.max() == 0.75:
+            assert let_go.wait(60)
+        return run(graph, batch)
+
+    monkeypatch.setattr(graphs.Runtime, "load", lambda self, data, max_rows: bound(data, max_rows, host_arrays))
+    monkeypatch.setattr(graphs.BoundGraph, "_run", run_or_hang)
+    for name in ("hangs", "works"):
+        write_bundle(tmp_path, name, image_shape=IMAGE, latent_shape=LATENT)
+    settings_given = {"threads": 1, "max_batch_rows": 4, "watchdog_s": 0.4, "drain_s": 0.0, "transport": "grpc"}
+
+    def encode(name: str, rows: int, pixel: float) -> Any:
+        images = tensors.to_tensor(np.full((rows, *IMAGE), pixel, np.float32))
+        return stub.Encode.future(pb.EncodeRequest(model=pb.ModelRef(name=name), images=images))
+
+    with running_server(tmp_path, **settings_given) as server, grpc.insecure_channel(server.target) as channel:
+        stub = vae_pb2_grpc.VaeServiceStub(channel)
+        prepared = list(host_arrays.made)
+        with pytest.raises(grpc.RpcError, match="a run does not end"):
+            encode("hangs", 1, 0.75).result(60)
+        encode("works", 3, 0.5).result(60)
+        later = host_arrays.made[len(prepared) :]
+        assert sorted(size for _, size in later) == [1, 1, 1, 2, 2, 2, 4, 4, 4]  # of all but the encoder that hangs
+        assert {thread for thread, _ in later}.isdisjoint({thread for thread, _ in prepared})
+        let_go.set()
+
+
 def test_a_graph_that_cannot_be_warmed_in_a_thread_is_told_as_ever(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
