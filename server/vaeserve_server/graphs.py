@@ -81,8 +81,7 @@ class Graph:
         """Take a session that will run at most `max_rows` rows at once."""
         self.warm_rows: tuple[int, ...] = (1, max_rows)
         self._session = session
-        self._run_options = onnxruntime.RunOptions()
-        self._run_options.log_severity_level = _FATAL
+        self._run_options = _run_options()
         self.provider: str = session.get_providers()[0]
         self.metadata: Mapping[str, str] = session.get_modelmeta().custom_metadata_map
         self.inputs = [_port(value) for value in session.get_inputs()]
@@ -153,6 +152,22 @@ class BoundGraph(Graph):
         self._new_host_array = new_host_array
         self._capture = capture
         self._of_thread = threading.local()
+        self._captures: list[onnxruntime.RunOptions] = []
+        self._captures_lock = threading.Lock()
+
+    def stop(self) -> None:
+        """End the runs that are on, at their next node, and all later ones: they raise NotServingError."""
+        with self._captures_lock:
+            super().stop()
+            for options in self._captures:
+                options.terminate = True
+
+    def resume(self) -> None:
+        """Let runs through again."""
+        with self._captures_lock:
+            super().resume()
+            for options in self._captures:
+                options.terminate = False
 
     def unload(self) -> None:
         """Stop, and give the memory back as soon as no run is on."""
@@ -164,8 +179,6 @@ class BoundGraph(Graph):
         buffers: dict[int, _Buffers] = self._of_thread.__dict__.setdefault("buffers", {})
         if size not in buffers:
             buffers[size] = self._bind(size)
-        if self._capture:  # which is for one thread, so that nobody else is between this line and the run
-            self._run_options.add_run_config_entry("gpu_graph_id", str(size))
         return buffers[size].run(batch)
 
     def _bind(self, size: int) -> _Buffers:
@@ -181,7 +194,17 @@ class BoundGraph(Graph):
         # A thread has a CUDA context from its first call on; buffers out of the arena may have taken none.
         values[0].update_inplace(np.zeros(shape, np.float32))
         host = self._new_host_array(shape)
-        return _Buffers(partial(self._session.run_with_iobinding, binding, self._run_options), host, values)
+        options = self._options_of_capture(size) if self._capture else self._run_options
+        return _Buffers(partial(self._session.run_with_iobinding, binding, options), host, values)
+
+    def _options_of_capture(self, size: int) -> onnxruntime.RunOptions:
+        """Return options of one binding alone: a thread that was lost may be back while its substitute runs."""
+        options = _run_options()
+        options.add_run_config_entry("gpu_graph_id", str(size))
+        with self._captures_lock:
+            options.terminate = self.stopped
+            self._captures.append(options)
+        return options
 
 
 class _Buffers:
@@ -313,6 +336,12 @@ def _session(data: bytes, provider: str, cuda: CudaOptions) -> onnxruntime.Infer
         )
     except Exception as error:
         raise GraphLoadError(_one_line(error)) from error
+
+
+def _run_options() -> onnxruntime.RunOptions:
+    options = onnxruntime.RunOptions()
+    options.log_severity_level = _FATAL
+    return options
 
 
 def _port(value: onnxruntime.NodeArg) -> Port:

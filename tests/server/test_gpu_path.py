@@ -118,14 +118,34 @@ def test_each_thread_has_used_the_device_before_it_locks_memory(monkeypatch: pyt
     assert len(driver.registered) == 2
 
 
-def test_a_bound_graph_fails_and_stops_as_a_plain_one_does() -> None:
-    graph = bound(brittle_encoder(IMAGE, LATENT).SerializeToString(), 8, HostArrays())
+def test_a_capture_is_run_under_its_own_number_whatever_runs_beside_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+    run = onnxruntime.InferenceSession.run_with_iobinding
+
+    def noting(session: onnxruntime.InferenceSession, binding: Any, options: Any) -> None:
+        asked.append(options)
+        run(session, binding, options)
+
+    monkeypatch.setattr(onnxruntime.InferenceSession, "run_with_iobinding", noting)
+    graph = bound(GRAPH, 4, HostArrays(), capture=True)
+    for rows in (1, 4, 1, 2):
+        graph.run(np.zeros((rows, *IMAGE), np.float32))
+    assert [options.get_run_config_entry("gpu_graph_id") for options in asked] == ["1", "4", "1", "2"]
+
+
+@pytest.mark.parametrize("capture", [False, True])
+def test_a_bound_graph_fails_and_stops_as_a_plain_one_does(capture: bool) -> None:
+    graph = bound(brittle_encoder(IMAGE, LATENT).SerializeToString(), 8, HostArrays(), capture=capture)
     with pytest.raises(GraphRunError, match="out of data bounds"):
         graph.run(np.ones((3, *IMAGE), np.float32))
     assert graph.run(np.zeros((3, *IMAGE), np.float32))[0].shape == (3, *LATENT)
     graph.stop()
-    with pytest.raises(NotServingError):
-        graph.run(np.zeros((3, *IMAGE), np.float32))
+    for rows in (3, 1):  # of a size that was bound before, and of one that was not
+        with pytest.raises(NotServingError):
+            graph.run(np.zeros((rows, *IMAGE), np.float32))
+    graph.resume()
+    for rows in (3, 1):
+        assert graph.run(np.zeros((rows, *IMAGE), np.float32))[0].shape == (rows, *LATENT)
 
 
 def test_a_graph_says_what_is_to_be_run_before_it_serves() -> None:
