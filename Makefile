@@ -18,7 +18,7 @@ CORES  := -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help run serve test test-ladder test-faults test-envoy fuzz crash bench bench-gpu overload soak lint format protos protos-released test-protobuf7 test-compose node lock audit build clean
+.PHONY: help run serve test test-all test-ladder test-faults test-envoy fuzz crash bench bench-gpu overload soak lint format protos protos-released test-protobuf7 test-compose node lock audit build clean
 
 help: ## Show this list
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 18
@@ -58,10 +58,13 @@ test: $(VENV)/.dev ## Lint, types and the test suite, but for the jobs below (wi
 suite: $(VENV)/.dev
 	@$(PYTEST) $(CORES) $(or $(ARGS),-m "not ladder and not faults and not envoy")
 
-test-ladder: $(VENV)/.dev ## The tests that train the ladder's systems
+test-all: $(VENV)/.dev ## Lint, types and every test, in one
+	@$(MAKE) --no-print-directory test ARGS=tests
+
+test-ladder: $(VENV)/.dev ## The tests that train the ladder's systems, fitted priors and the preset large
 	@$(PYTEST) $(CORES) -m ladder $(ARGS)
 
-test-faults: $(VENV)/.dev ## The tests that kill and flood servers, and watch whole lives for connections
+test-faults: $(VENV)/.dev ## The tests that kill, flood, fuzz, reload and measure servers, and watch whole lives
 	@$(PYTEST) $(CORES) -m faults $(ARGS)
 
 bench: $(VENV)/.user ## How fast ./models is served, in ratios: runs/bench/results.json (ARGS="--quick" for a smoke)

@@ -23,22 +23,34 @@ LONGEST = (
     "training/test_export.py",
     "training/test_fit.py",
     "training/test_prior.py",
+    "training/test_export_parity.py",
     "test_no_connections.py",
     "test_readme.py",
     "server/test_lifecycle.py",
     "server/test_transport_envoy.py",
     "client/test_quickstart.py",
+    "deploy/test_release.py",
 )
-# What `make test` leaves to jobs of their own, test-ladder, test-faults and test-envoy: a third of the processor time.
+# What `make test` leaves to jobs of their own, test-ladder, test-faults and test-envoy: half of the processor time.
 JOBS = {
-    "ladder": ("training/test_ladder.py", "training/test_ladder_full.py"),
+    "ladder": (
+        "training/test_ladder.py",
+        "training/test_ladder_estimators.py",
+        "training/test_ladder_full.py",
+        "training/test_large.py",
+        "training/test_prior.py",
+    ),
     "faults": (
+        "benchmarks/test_benchmarks.py",
         "benchmarks/test_overload_command.py",
         "server/test_bombs.py",
         "server/test_cancel_storm.py",
         "server/test_faults.py",
+        "server/test_fuzz.py",
         "server/test_overload.py",
+        "server/test_reload.py",
         "server/test_rolling_restart.py",
+        "server/test_trial.py",
         "server/test_workers.py",
         "soak/test_soak.py",
         "test_no_connections.py",
@@ -46,6 +58,7 @@ JOBS = {
     ),
     "envoy": ("server/test_transport_envoy.py",),
 }
+_JOB_OF = {TESTS / name: job for job, names in JOBS.items() for name in names}
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -68,12 +81,17 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", f"in_process: {IN_PROCESS}")
 
 
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Spare the import of files all of whose tests `-m` leaves out."""
+    job = _JOB_OF.get(collection_path)
+    return True if job and f"not {job}" in config.getoption("markexpr") else None
+
+
 @pytest.hookimpl(tryfirst=True)  # before -m looks at the marks
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    jobs = {TESTS / name: job for job, names in JOBS.items() for name in names}
     for item in items:
-        if item.path in jobs:
-            item.add_marker(jobs[item.path])
+        if item.path in _JOB_OF:
+            item.add_marker(_JOB_OF[item.path])
     if config.getoption("--transport") == "envoy":
         for item in items:
             if item.get_closest_marker("in_process"):

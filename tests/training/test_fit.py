@@ -291,6 +291,7 @@ def test_without_an_average_the_weights_themselves_are_the_model(tmp_path: Path)
         assert torch.equal(tensor, saved[name])
 
 
+@pytest.mark.ladder
 def test_the_preset_large_trains_in_bf16_and_its_export_is_exact(tmp_path: Path) -> None:
     config = preset("large").with_changes(
         data={"image_shape": (1, 8, 8)},
