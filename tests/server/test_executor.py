@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import sys
 import threading
 from collections.abc import Awaitable, Callable
+
+import pytest
 
 from vaeserve_server.executor import RunPool
 from vaeserve_server.watchdog import Watchdog
@@ -83,6 +87,20 @@ def live(scenario: Callable[[Source], Awaitable[None]]) -> None:
             await pool.close()
 
     asyncio.run(run())
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="threads have no priority of their own")
+def test_runs_leave_the_loop_its_core() -> None:
+    async def live() -> list[int]:
+        pool = RunPool(2)
+        priorities: list[int] = []
+        await asyncio.to_thread(pool.run_in_each, lambda: priorities.append(os.getpriority(os.PRIO_PROCESS, 0)))
+        await pool.close()
+        return priorities
+
+    lower = os.getpriority(os.PRIO_PROCESS, 0) + 5
+    assert asyncio.run(live()) == [min(lower, 19)] * 2
+    assert os.getpriority(os.PRIO_PROCESS, 0) < lower
 
 
 def test_a_lone_call_waits_for_no_clock() -> None:
