@@ -335,9 +335,7 @@ def test_rows_that_are_not_worth_a_thread_join_the_next_run(monkeypatch: pytest.
 def test_a_row_waits_for_the_run_that_is_on_only_if_that_ends_soon(
     rows: int, starts: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    clock = iter(
-        [0.0, 0.0004]
-    )  # the first run, of one row: 0.4 ms are not worth a thread; 20 rows end in 8 ms, 40 in 16
+    clock = iter([0.0, 0.0004])  # the first run, of one row, which is not worth a thread; 20 rows take 8 ms, 40 take 16
     timed = SimpleNamespace(perf_counter=lambda: next(clock, 0.0), monotonic=lambda: 0.0)
     monkeypatch.setattr("vaeserve_server.batcher.time", timed)
 
@@ -367,14 +365,17 @@ def test_a_row_waits_for_the_run_that_is_on_only_if_that_ends_soon(
     asyncio.run(live())
 
 
-def test_an_answer_that_does_not_fit_into_memory_is_its_own_call_s_fault_only(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("error", [MemoryError(), ValueError("x")])
+def test_an_answer_that_cannot_be_put_together_fails_its_own_call_only(
+    error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def no_room(*_: object) -> None:
-        raise MemoryError
+        raise error
 
     async def scenario(batcher: Batcher) -> None:
         with monkeypatch.context() as patched:
             patched.setattr("vaeserve_server.batcher.np.concatenate", no_room)
-            with pytest.raises(MemoryError):
+            with pytest.raises(type(error)):
                 await batcher.submit(Rows(range(40)))
         answer, _ = await batcher.submit(Rows([3]))
         assert answer.item() == 7
