@@ -46,12 +46,12 @@ class Connection:
         """Send what is to be sent."""
         self.socket.sendall(self.http.data_to_send())
 
-    def open(self, path: str, **headers: str) -> int:
+    def open(self, path: str, method: str = "POST", **headers: str) -> int:
         """Send the headers of a call; names with _ for -, and None to leave one out."""
         stream = self.http.get_next_available_stream_id()
         fields = {"content_type": "application/grpc", "te": "trailers"} | headers
         given = [(name.replace("_", "-"), value) for name, value in fields.items() if value]
-        pseudo = [(":method", "POST"), (":scheme", "http"), (":path", path), (":authority", "test")]
+        pseudo = [(":method", method), (":scheme", "http"), (":path", path), (":authority", "test")]
         self.http.send_headers(stream, pseudo + given)
         self.flush()
         return stream

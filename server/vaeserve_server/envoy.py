@@ -140,7 +140,12 @@ def _connection_manager(settings: Settings, ended_fd: int) -> dict[str, Any]:
         "use_remote_address": True,
         "skip_xff_append": True,
         "generate_request_id": False,
-        "http_filters": [envoy_limits.calls_filter(settings.max_calls), _stream_id_filter(), _python_filter()],
+        "http_filters": [
+            envoy_limits.methods_filter(),
+            envoy_limits.calls_filter(settings.max_calls),
+            _stream_id_filter(),
+            _python_filter(),
+        ],
         "access_log": [_ended_log(ended_fd)],
     }
 

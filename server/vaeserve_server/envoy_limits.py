@@ -17,7 +17,8 @@ from vaeserve_server.connections import HANDSHAKE_S, MAX_STREAMS, ConnectionLimi
 
 _TYPES = "type.googleapis.com/envoy.extensions"
 _LIMIT_FILTER = "envoy.filters.http.adaptive_concurrency"
-_OVERLOADED = 503
+_OVERLOADED, _NO_METHOD = 503, 403
+_METHOD_PATH = r"/[A-Za-z0-9_.]+/[A-Za-z0-9_]+"
 _QUIET_S = 300.0
 _FIXED_S = "3600s"
 
@@ -44,7 +45,7 @@ def connection_manager(limits: ConnectionLimits, max_calls: int) -> dict[str, An
         "request_headers_timeout": _seconds(HANDSHAKE_S),
         "stream_idle_timeout": _seconds(_QUIET_S),  # for a request that is never sent and an answer never taken
         "route_config": {"virtual_hosts": [{"name": "grpc", "domains": ["*"], "routes": _routes()}]},
-        "local_reply_config": {"mappers": [_refusal(max_calls)]},
+        "local_reply_config": {"mappers": [_refusal(max_calls), _not_found()]},
     }
 
 
@@ -58,6 +59,26 @@ def overload_manager(limits: ConnectionLimits) -> dict[str, Any]:
         },
     }
     return {"resource_monitors": [monitor]}
+
+
+def methods_filter() -> dict[str, Any]:
+    """Return the filter that lets nothing through but what can be a method of gRPC's.
+
+    pyvoy decodes the path before it calls anybody: a call whose path is no UTF-8 would never be answered, nor end.
+    """
+    post = {"name": ":method", "string_match": {"exact": "POST"}}
+    path = {"name": ":path", "string_match": {"safe_regex": {"regex": _METHOD_PATH}}}
+    policy = {
+        "principals": [{"any": True}],
+        "permissions": [{"and_rules": {"rules": [{"header": post}, {"header": path}]}}],
+    }
+    return {
+        "name": "envoy.filters.http.rbac",
+        "typed_config": {
+            "@type": f"{_TYPES}.filters.http.rbac.v3.RBAC",
+            "rules": {"action": "ALLOW", "policies": {"methods": policy}},
+        },
+    }
 
 
 def calls_filter(max_calls: int) -> dict[str, Any]:
@@ -102,9 +123,19 @@ def _refusal(max_calls: int) -> dict[str, Any]:
         "grpc-status-details-bin": base64.b64encode(rich.SerializeToString()).decode().rstrip("="),
         "grpc-retry-pushback-ms": "1%START_TIME(%2f)%",
     }
-    overloaded = {"op": "EQ", "value": {"default_value": _OVERLOADED, "runtime_key": "vaeserve.none"}}
+    return _mapper(_OVERLOADED, message, headers)
+
+
+def _not_found() -> dict[str, Any]:
+    """Make Envoy's reply to what is no method grpcio's."""
+    return _mapper(_NO_METHOD, "Method not found!", {"grpc-status": str(code_pb2.UNIMPLEMENTED)})
+
+
+def _mapper(http_status: int, message: str, headers: dict[str, str]) -> dict[str, Any]:
+    """Give Envoy's own replies with this status a message and these headers."""
+    same = {"op": "EQ", "value": {"default_value": http_status, "runtime_key": "vaeserve.none"}}
     return {
-        "filter": {"status_code_filter": {"comparison": overloaded}},
+        "filter": {"status_code_filter": {"comparison": same}},
         "body": {"inline_string": message},
         "headers_to_add": [
             {"header": {"key": key, "value": value}, "append_action": "OVERWRITE_IF_EXISTS_OR_ADD"}

@@ -72,7 +72,19 @@ def test_bad_calls_are_refused_with_a_status(
         assert connection.call(LIST_MODELS, frame(b"")) == "0"
 
 
-@pytest.mark.parametrize("path", ["/vaeserve.v1.VaeService/Train", "/other.Service/Encode", "/"])
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/vaeserve.v1.VaeService/Train",
+        "/other.Service/Encode",
+        "/",
+        "/%FF",
+        "/%ED%A0%80",
+        "/grpc.%FF",
+        "/vaeserve.v1.VaeService/%4cistModels",
+        f"{LIST_MODELS}?a=b",
+    ],
+)
 def test_unknown_methods_are_unimplemented(target: str, path: str) -> None:
     with Connection(target) as connection:
         assert connection.call(path, frame(b"")) == UNIMPLEMENTED

@@ -124,6 +124,24 @@ def test_what_breaks_the_protocol_is_told_so(
     server.until(lambda state: state.streams == 0)
 
 
+@pytest.mark.parametrize(
+    ("path", "method"),
+    [
+        ("/%FF", "POST"),
+        ("/%ED%A0%80", "POST"),
+        ("/grpc.%FF", "POST"),
+        (f"{LIST_MODELS}?a", "POST"),
+        (LIST_MODELS, "GET"),
+    ],
+)
+def test_what_is_no_method_never_comes_to_pyvoy(server: EnvoyServer, path: str, method: str) -> None:
+    with Connection(server.target) as connection:
+        assert connection.call(path, frame(b""), method=method) == "12"
+        assert connection.headers[1]["grpc-message"] == "Method not found!"
+        assert connection.call(LIST_MODELS, frame(b"")) == "0"
+    assert "Traceback" not in server.log()
+
+
 def test_a_giant_claim_is_refused_before_its_bytes_come(server: EnvoyServer) -> None:
     with Connection(server.target) as connection:
         stream = connection.open(ENCODE)
