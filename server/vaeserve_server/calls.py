@@ -103,10 +103,10 @@ class Calls:
         self.services = list(dict.fromkeys(method.service for method in methods))
         self.tracer: Tracer | None = None
         self.access = access
+        self.max_calls = max_calls
         self._id_prefix = secrets.token_hex(5)
         self._numbers = itertools.count()
         self._in_flight = 0
-        self._max_calls = max_calls
         self._refusals = itertools.cycle(_refusals(max_calls))
         self._idle = asyncio.Event()  # kept only once somebody waits for it
         self._awaited = False
@@ -120,16 +120,21 @@ class Calls:
 
         Costs little: time is short when it happens.
         """
-        if self._in_flight >= self._max_calls:
+        if self._in_flight >= self.max_calls:
             refusal = next(self._refusals)
         elif (retry_after_s := method.retry_after_s()) is not None:
             refusal = _queue_full(math.ceil(retry_after_s / _RETRY_STEP_S))
         else:
             return None
-        method.stats.started += 1
-        method.stats.refused += 1
-        method.stats.codes[code_pb2.RESOURCE_EXHAUSTED] += 1
+        _count_refusal(method.stats)
         return refusal
+
+    def unfinished(self, method: Method, in_hand: int) -> status.Status:
+        """Return the status of a call whose request takes too long to come, and count it."""
+        _count_refusal(method.stats)
+        words = f"the request did not come to its end while the server had {in_hand} calls in hand; it takes"
+        wait_s = _RETRY_S * (1 + random.random())
+        return status.of_error(QueueFullError(f"{words} {self.max_calls}; try again in {wait_s:.3f} s", wait_s))
 
     async def answer(
         self, method: Method, payload: bytes, remaining_s: float | None, read_metadata: ReadMetadata
@@ -259,6 +264,12 @@ def _native(
     retry_after_s: Callable[[], float | None] = lambda: None,
 ) -> Method:
     return Method(SERVICE_NAME, name, parse, answer, MethodStats(name), retry_after_s=retry_after_s)
+
+
+def _count_refusal(stats: MethodStats) -> None:
+    stats.started += 1
+    stats.refused += 1
+    stats.codes[code_pb2.RESOURCE_EXHAUSTED] += 1
 
 
 def _count(stats: MethodStats, call: EndedCall) -> None:

@@ -25,8 +25,9 @@ import grpc
 from google.rpc import code_pb2
 
 from vaeserve_server import grpc_wire, health, standard, status
-from vaeserve_server.calls import CallFailedError, Calls, Metadata
+from vaeserve_server.calls import CallFailedError, Calls, Metadata, Method
 from vaeserve_server.stats import MethodStats
+from vaeserve_server.unfinished import Unfinished
 
 STREAM_ID_HEADER = "x-vaeserve-stream"
 
@@ -78,6 +79,8 @@ class EnvoyTransport:
         self._max_message_bytes = max_message_bytes
         self._listener = listener
         self._streams: dict[bytes, Stream] = {}
+        self._unlimited = 0  # of the streams: those of health and reflection, which Envoy does not count
+        self._unfinished = Unfinished(calls, lambda: len(self._streams) - self._unlimited)
         self._idle = asyncio.Event()
         self._methods = {f"/{method.service}/{method.name}": method for method in calls.methods}
         self._standard = standard.handlers(health_service, calls.services)
@@ -155,14 +158,25 @@ class EnvoyTransport:
         grpc_wire.check_encoding(stream.encoding)
         method = self._methods.get(scope["path"])
         if method is None:
-            await self._answer_standard(scope["path"], stream)
+            self._unlimited += 1
+            try:
+                await self._answer_standard(scope["path"], stream)
+            finally:
+                self._unlimited -= 1
         else:
             refusal = self._calls.refusal(method) if method.read else None
             if refusal is not None:
                 raise CallFailedError(refusal)
-            payload = await stream.only_message() if method.read else b""
+            payload = await self._read(stream, method) if method.read else b""
             answer = await self._calls.answer(method, payload, stream.remaining_s(), read_metadata)
             stream.reply(answer.message, answer.metadata)
+
+    async def _read(self, stream: Stream, method: Method) -> bytes:
+        self._unfinished.begin(stream, method)
+        try:
+            return await stream.only_message()
+        finally:
+            self._unfinished.done(stream)
 
     async def _answer_standard(self, path: str, stream: Stream) -> None:
         """Answer health and reflection by their grpcio handlers."""

@@ -19,6 +19,7 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from h2.errors import ErrorCodes
 
+import metrics_page
 from bundles import ENCODER, slow_encoder, write_bundle
 from certificates import Authority
 from http2 import Connection, frame
@@ -36,6 +37,7 @@ from vaeserve_server import envoy
 
 Stub = vae_pb2_grpc.VaeServiceStub
 ENCODE, LIST_MODELS = "/vaeserve.v1.VaeService/Encode", "/vaeserve.v1.VaeService/ListModels"
+CHECK = "/grpc.health.v1.Health/Check"
 IMAGE, LATENT = (1, 4, 4), (3,)
 MUCH_TOO_LONG = 1.0
 Check = health_pb2.HealthCheckRequest
@@ -156,6 +158,30 @@ def test_a_message_in_crumbs_is_put_together(server: EnvoyServer) -> None:
         for position in range(len(body)):
             connection.send(stream, body[position : position + 1], end=position == len(body) - 1)
         assert connection.outcome(stream) == "0"
+
+
+def test_requests_without_an_end_give_their_places_back_when_many_are_taken(models: Path) -> None:
+    with envoy_server(models, max_calls=8) as server, Connection(server.target) as connection:
+        health = [connection.open(CHECK) for _ in range(8)]  # which have no part in the limit
+        streams = [connection.open(ENCODE) for _ in range(8)]
+        for stream in (*health, *streams):
+            connection.send(stream, request(0.0)[:1], end=False)
+        assert [connection.outcome(stream) for stream in streams[:6]] == ["8"] * 6
+        told = connection.headers[streams[0]]
+        assert told["grpc-message"].startswith("the request did not come to its end while the server had 8 calls")
+        assert 100 <= int(told["grpc-retry-pushback-ms"]) <= 200
+        assert connection.call(LIST_MODELS, frame(b"")) == "0"
+        assert not connection.ended.keys() & {*health}
+        assert metrics_page.scrape(server)("vaeserve_refused_total", rpc="Encode") >= 6
+
+
+def test_while_there_is_room_a_request_may_take_its_time(models: Path) -> None:
+    with envoy_server(models, max_calls=8) as server, Connection(server.target) as connection:
+        slow = [connection.open(ENCODE) for _ in range(4)]
+        assert connection.outcome(connection.open(ENCODE, grpc_timeout="1500m")) == "4"  # by the server's clock
+        for stream in slow:
+            connection.send(stream, request(0.0))
+            assert connection.outcome(stream) == "0"
 
 
 def test_the_server_keeps_the_deadline_that_its_client_does_not(busy_server: EnvoyServer) -> None:
