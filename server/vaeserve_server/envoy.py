@@ -18,16 +18,20 @@ import signal
 import socket
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 from vaeserve_server import connections, envoy_limits, envoy_tls, tls
-from vaeserve_server.addresses import check_free
+from vaeserve_server.addresses import endpoints
 from vaeserve_server.credentials import tls_files
 from vaeserve_server.errors import ListenError, StartError, TlsError
 from vaeserve_server.settings import Settings
 from vaeserve_server.tls import TlsFiles
 from vaeserve_server.transport_envoy import STREAM_ID_HEADER
+
+Endpoints = Sequence[tuple[str, int]]
+"""Numeric addresses and their ports."""
 
 APPLICATION = "vaeserve_server.envoy_main:app"
 HANDOVER_VARIABLE = "VAESERVE_ENVOY_HANDOVER"
@@ -48,7 +52,7 @@ _JSON_LOG = '{"time": "%Y-%m-%dT%H:%M:%S.%eZ", "level": "%l", "logger": "envoy",
 def execute(settings: Settings) -> NoReturn:
     """Replace this process by Envoy with the server in it; StartError if that cannot be."""
     library = _python_library()
-    check_free(settings.host, settings.port)
+    listened = endpoints(settings.host, settings.port)
     files = tls_files(settings)
     if files is not None:
         tls.read(files)  # what is wrong is told now; the server will watch them
@@ -56,7 +60,7 @@ def execute(settings: Settings) -> NoReturn:
     for descriptor in (ended_read, ended_write):
         os.set_inheritable(descriptor, True)
     os.set_blocking(ended_read, False)
-    folder = _own_folder(settings, files, ended_write)
+    folder = _own_folder(settings, listened, files, ended_write)
     handover = {
         "folder": str(folder),
         "ended_fd": ended_read,
@@ -69,14 +73,15 @@ def execute(settings: Settings) -> NoReturn:
     os.execve(_envoy(), ["vaeserve-server", *_arguments(settings, folder)], environment)
 
 
-def _own_folder(settings: Settings, files: TlsFiles | None, ended_fd: int) -> Path:
+def _own_folder(settings: Settings, listened: Endpoints, files: TlsFiles | None, ended_fd: int) -> Path:
     """Return a new folder with what Envoy reads, for this user alone; StartError, and none, if it cannot be had."""
     folder = None
     try:
         folder = Path(tempfile.mkdtemp(prefix="vaeserve-"))
         if files is not None:
             envoy_tls.write_secrets(files, folder, 0)
-        (folder / "envoy.json").write_text(json.dumps(configuration(settings, folder, ended_fd), indent=1))
+        bootstrap = configuration(settings, listened, folder, ended_fd)
+        (folder / "envoy.json").write_text(json.dumps(bootstrap, indent=1))
     except OSError as error:
         if folder is not None:
             shutil.rmtree(folder, ignore_errors=True)
@@ -88,12 +93,12 @@ def _no_place(error: OSError) -> StartError:
     return StartError(f"--transport envoy cannot write its few temporary files ({error}); give it a place with TMPDIR")
 
 
-def configuration(settings: Settings, folder: Path, ended_fd: int) -> dict[str, Any]:
+def configuration(settings: Settings, listened: Endpoints, folder: Path, ended_fd: int) -> dict[str, Any]:
     """Return Envoy's bootstrap configuration."""
     return {
         "node": {"id": "vaeserve", "cluster": "vaeserve"},  # which Envoy's TLS insists on, although nobody reads it
         "admin": {"address": {"pipe": {"path": str(folder / _ADMIN_SOCKET), "mode": 0o600}}},
-        "static_resources": {"listeners": [_listener(settings, folder, ended_fd)]},
+        "static_resources": {"listeners": [_listener(settings, listened, folder, ended_fd)]},
         # The allocator, here of the whole process, keeps what random batch sizes once needed unless it is told.
         "memory_allocator_manager": {"bytes_to_release": 2**25, "memory_release_interval": "1s"},
         "overload_manager": envoy_limits.overload_manager(connections.limits_of(settings)),
@@ -110,11 +115,13 @@ def configuration(settings: Settings, folder: Path, ended_fd: int) -> dict[str, 
     }
 
 
-def _listener(settings: Settings, folder: Path, ended_fd: int) -> dict[str, Any]:
+def _listener(settings: Settings, listened: Endpoints, folder: Path, ended_fd: int) -> dict[str, Any]:
     files = tls_files(settings)
+    first, *others = [_address(host, port) for host, port in listened]
     return {
         "name": "grpc",
-        "address": {"socket_address": {"address": settings.host.strip("[]"), "port_value": settings.port}},
+        "address": first,
+        "additional_addresses": [{"address": another} for another in others],
         "enable_reuse_port": False,  # or a second server starts on the same port and takes half of the calls
         "filter_chains": [
             {
@@ -128,6 +135,11 @@ def _listener(settings: Settings, folder: Path, ended_fd: int) -> dict[str, Any]
             }
         ],
     }
+
+
+def _address(host: str, port: int) -> dict[str, Any]:
+    compat = {"ipv4_compat": True} if host == "::" else {}  # all addresses of the machine, as behind grpcio
+    return {"socket_address": {"address": host, "port_value": port, **compat}}
 
 
 def _connection_manager(settings: Settings, ended_fd: int) -> dict[str, Any]:

@@ -223,6 +223,30 @@ def test_a_server_that_others_reach_must_be_wanted_insecure(models: Path) -> Non
         assert " on 0.0.0.0:" in process.ready_line
 
 
+def has_ipv6() -> bool:
+    try:
+        with socket.create_server(("::1", 0), family=socket.AF_INET6):
+            return True
+    except OSError:
+        return False
+
+
+@pytest.mark.parametrize(
+    ("host", "reached"),
+    [
+        ("localhost", ["localhost"]),
+        pytest.param("::1", ["[::1]"], marks=pytest.mark.skipif(not has_ipv6(), reason="no IPv6 here")),
+        pytest.param("::", ["127.0.0.1", "[::1]"], marks=pytest.mark.skipif(not has_ipv6(), reason="no IPv6 here")),
+    ],
+)
+def test_a_host_may_be_a_name_or_an_address_of_either_family(models: Path, host: str, reached: list[str]) -> None:
+    with server_process(models, "--host", host, "--insecure") as process:
+        port = process.target.rpartition(":")[2]
+        for each in reached:
+            with grpc.insecure_channel(f"{each}:{port}") as channel:
+                assert len(Stub(channel).ListModels(pb.ListModelsRequest(), timeout=20).models) == 2
+
+
 def test_wrong_flags_and_variables_are_told_in_one_line() -> None:
     status, log = refused("--port", "99999", VAESERVE_DRAIN_S="-1")
     assert status == 2

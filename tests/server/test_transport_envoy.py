@@ -33,7 +33,7 @@ pytest.importorskip("pyvoy", reason='the server behind Envoy is an extra; pip in
 
 from envoy_serving import EnvoyServer, spawn
 from serving import queued_rows
-from vaeserve_server import envoy
+from vaeserve_server import addresses, envoy
 
 Stub = vae_pb2_grpc.VaeServiceStub
 ENCODE, LIST_MODELS = "/vaeserve.v1.VaeService/Encode", "/vaeserve.v1.VaeService/ListModels"
@@ -276,6 +276,23 @@ def test_while_models_load_health_says_so_and_calls_are_unavailable(models: Path
             assert process.wait(60) == 0
         finally:
             process.kill()
+
+
+def test_all_addresses_of_a_name_are_listened_on_at_one_port(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def resolve(host: str, port: int, **_: object) -> list[tuple[object, ...]]:
+        known = ["127.0.0.1", "127.0.0.1", "127.0.0.2", "192.0.2.1"]  # the last one is no machine's own
+        return [(socket.AF_INET, socket.SOCK_STREAM, 0, "", (address, port)) for address in known]
+
+    monkeypatch.setattr(socket, "getaddrinfo", resolve)
+    listened = addresses.endpoints("a-name", 0)
+    assert [host for host, _ in listened] == ["127.0.0.1", "127.0.0.2"]
+    assert len({port for _, port in listened}) == 1
+    assert listened[0][1] > 0
+    listener = envoy.configuration(settings(models), listened, Path(), 0)["static_resources"]["listeners"][0]
+    assert listener["address"]["socket_address"]["address"] == "127.0.0.1"
+    assert [each["address"]["socket_address"]["address"] for each in listener["additional_addresses"]] == ["127.0.0.2"]
+    with socket.create_server(("127.0.0.2", 0)) as taken, pytest.raises(StartError, match="Address already in use"):
+        addresses.endpoints("a-name", taken.getsockname()[1])
 
 
 def test_killed_it_frees_its_port_and_starts_again(models: Path) -> None:
