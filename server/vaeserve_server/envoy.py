@@ -1,31 +1,28 @@
-"""Becoming Envoy: its configuration, the start that replaces this process by it, and its admin socket.
+"""Becoming Envoy: its configuration, and the start that replaces this process by it.
 
 pyvoy is a library that Envoy loads and that embeds Python in it, so there is one process, as with the other transport:
-what kills it kills the server, and its exit status is the server's. `envoy_main` is what then runs in there.
+what kills it kills the server, and its exit status is the server's. `envoy_main` is what then runs in there, and
+`envoy_admin` how it talks to the Envoy around it.
 """
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
-import http.client
 import importlib.util
 import json
 import math
 import os
 import shutil
 import signal
-import socket
 import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from vaeserve_server import connections, envoy_limits, envoy_tls, tls
+from vaeserve_server import connections, envoy_admin, envoy_limits, envoy_tls, tls
 from vaeserve_server.addresses import endpoints
 from vaeserve_server.credentials import tls_files
-from vaeserve_server.errors import ListenError, StartError, TlsError
+from vaeserve_server.errors import StartError
 from vaeserve_server.settings import Settings
 from vaeserve_server.tls import TlsFiles
 from vaeserve_server.transport_envoy import STREAM_ID_HEADER
@@ -39,11 +36,6 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 SIGNALS = (*STOP_SIGNALS, signal.SIGHUP)
 
 _TYPES = "type.googleapis.com/envoy.extensions"
-_ADMIN_SOCKET = "admin.sock"
-_START_S = 20.0
-_POLL_S = 0.01
-_ADMIN_S = 5.0
-_RENEW_S = 5.0
 _ENVOY_LEVELS = {"debug": "info", "info": "error", "warning": "error", "error": "critical"}
 _TEXT_LOG = "%Y-%m-%dT%H:%M:%S.%eZ ENVOY %l %v"
 _JSON_LOG = '{"time": "%Y-%m-%dT%H:%M:%S.%eZ", "level": "%l", "logger": "envoy", "message": "%j"}'
@@ -97,7 +89,7 @@ def configuration(settings: Settings, listened: Endpoints, folder: Path, ended_f
     """Return Envoy's bootstrap configuration."""
     return {
         "node": {"id": "vaeserve", "cluster": "vaeserve"},  # which Envoy's TLS insists on, although nobody reads it
-        "admin": {"address": {"pipe": {"path": str(folder / _ADMIN_SOCKET), "mode": 0o600}}},
+        "admin": {"address": {"pipe": {"path": str(envoy_admin.socket_path(folder)), "mode": 0o600}}},
         "static_resources": {"listeners": [_listener(settings, listened, folder, ended_fd)]},
         # The allocator, here of the whole process, keeps what random batch sizes once needed unless it is told.
         "memory_allocator_manager": {"bytes_to_release": 2**25, "memory_release_interval": "1s"},
@@ -250,102 +242,3 @@ def _python_library() -> dict[str, str]:
             "install libpython3.x, with pyenv build with PYTHON_CONFIGURE_OPTS=--enable-shared, or use --transport grpc"
         )
     return environment
-
-
-class Admin:
-    """The Envoy around this interpreter, through its admin socket."""
-
-    def __init__(self, folder: Path, files: TlsFiles | None = None) -> None:
-        self._folder = folder
-        self._socket = folder / _ADMIN_SOCKET
-        self._files = files
-        self._generation = 0
-        self._refused = 0
-
-    async def wait_listening(self) -> int:
-        """Wait until Envoy takes connections, and return its port; StartError if it does not come to it."""
-        try:
-            async with asyncio.timeout(_START_S):
-                while not await self._is_live():  # noqa: ASYNC110 - nobody tells; it can only be asked
-                    await asyncio.sleep(_POLL_S)
-                listeners = json.loads(await self._ask("GET", "/listeners?format=json"))
-        except TimeoutError:
-            raise ListenError(f"Envoy did not start to listen within {_START_S:.0f} s") from None
-        if self._files is not None:
-            await (
-                self.renew_tls()
-            )  # whether it took the certificate, and whatever became of the files since it read them
-        port: int = listeners["listener_statuses"][0]["local_address"]["socket_address"]["port_value"]
-        return port
-
-    async def renew_tls(self) -> None:
-        """Have Envoy show the certificate that is in the files now; TlsError if it does not take it."""
-        assert self._files is not None
-        self._generation += 1
-        serial = (await asyncio.to_thread(tls.read, self._files)).serial
-        await asyncio.to_thread(envoy_tls.write_secrets, self._files, self._folder, self._generation)
-        try:
-            async with asyncio.timeout(_RENEW_S):
-                while not envoy_tls.shows(await self._ask("GET", "/certs"), serial):  # noqa: ASYNC110 - as above
-                    await asyncio.sleep(_POLL_S)
-        except TimeoutError:
-            raise TlsError("--tls-cert", self._files.certificate, "Envoy does not take it") from None
-
-    async def stop_listening(self) -> None:
-        """Refuse new connections, and ask open ones, with their next answer, to go away."""
-        await self._ask("POST", "/drain_listeners?graceful&skip_exit")  # GOAWAY; new connections may still come
-        await self._ask("POST", "/drain_listeners")  # no new connections; by itself it would send no GOAWAY
-
-    async def wait_flushed(self) -> None:
-        """Wait until Envoy has handed every answer to the kernel, or its caller does not take it."""
-        try:
-            async with asyncio.timeout(1.0):
-                while await self._active_streams():  # noqa: ASYNC110 - as above
-                    await asyncio.sleep(_POLL_S)
-        except TimeoutError:
-            pass
-
-    def refused_calls(self) -> int:
-        """Return how many calls Envoy refused by itself; as last known if it does not say. Not on the event loop."""
-        with contextlib.suppress(OSError, ValueError, http.client.HTTPException):
-            self._refused = int(self._ask_and_wait("GET", "/stats?filter=\\.rq_blocked$").rpartition(": ")[2])
-        return self._refused
-
-    async def quit(self) -> None:
-        """Let Envoy end; it tells the application so first."""
-        await self._ask("POST", "/quitquitquit")
-
-    async def _is_live(self) -> bool:
-        try:
-            return "LIVE" in await self._ask("GET", "/ready")
-        except OSError:
-            return False
-
-    async def _active_streams(self) -> int:
-        return int((await self._ask("GET", "/stats?filter=http.grpc.downstream_rq_active$")).rpartition(": ")[2])
-
-    async def _ask(self, method: str, path: str) -> str:
-        return await asyncio.to_thread(self._ask_and_wait, method, path)
-
-    def _ask_and_wait(self, method: str, path: str) -> str:
-        with contextlib.closing(_UnixConnection(self._socket)) as connection:
-            connection.request(method, path)
-            response = connection.getresponse()
-            body = response.read().decode()
-        if response.status != http.HTTPStatus.OK:
-            raise OSError(f"Envoy answered {path} with {response.status}: {body.strip()}")
-        return body
-
-
-class _UnixConnection(http.client.HTTPConnection):
-    """HTTP over a socket in the file system."""
-
-    def __init__(self, path: Path) -> None:
-        super().__init__("localhost", timeout=_ADMIN_S)
-        self._path = path
-
-    def connect(self) -> None:
-        """Connect to the path."""
-        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        self.sock.settimeout(self.timeout)
-        self.sock.connect(str(self._path))

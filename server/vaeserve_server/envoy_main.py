@@ -18,6 +18,7 @@ from vaeserve_server import app as life
 from vaeserve_server import envoy, interpreter, logs
 from vaeserve_server.calls import Calls
 from vaeserve_server.credentials import tls_files
+from vaeserve_server.envoy_admin import Admin
 from vaeserve_server.errors import StartError
 from vaeserve_server.health import Health
 from vaeserve_server.settings import Settings
@@ -33,7 +34,7 @@ class Application:
         self._folder = folder
         self._ended_fd = ended_fd
         self._settings = settings
-        self._admin = envoy.Admin(folder, tls_files(settings))
+        self._admin = Admin(folder, tls_files(settings))
         self.server: life.Server
         self._transport: EnvoyTransport
 
