@@ -6,7 +6,9 @@ import asyncio
 import contextlib
 import http.client
 import json
+import logging
 import socket
+from collections.abc import Iterator
 from pathlib import Path
 
 from vaeserve_server import envoy_tls, tls
@@ -17,6 +19,10 @@ _START_S = 20.0
 _POLL_S = 0.01
 _ADMIN_S = 5.0
 _RENEW_S = 5.0
+_FLUSH_S = 1.0
+_UNHEARD = (OSError, ValueError, http.client.HTTPException)
+
+_log = logging.getLogger(__name__)
 
 
 def socket_path(folder: Path) -> Path:
@@ -63,27 +69,32 @@ class Admin:
 
     async def stop_listening(self) -> None:
         """Refuse new connections, and ask open ones, with their next answer, to go away."""
-        await self._ask("POST", "/drain_listeners?graceful&skip_exit")  # GOAWAY; new connections may still come
-        await self._ask("POST", "/drain_listeners")  # no new connections; by itself it would send no GOAWAY
+        with _logged("send clients elsewhere"):
+            await self._ask("POST", "/drain_listeners?graceful&skip_exit")  # GOAWAY; new connections may still come
+            await self._ask("POST", "/drain_listeners")  # no new connections; by itself it would send no GOAWAY
 
     async def wait_flushed(self) -> None:
         """Wait until Envoy has handed every answer to the kernel, or its caller does not take it."""
-        try:
-            async with asyncio.timeout(1.0):
-                while await self._active_streams():  # noqa: ASYNC110 - as above
-                    await asyncio.sleep(_POLL_S)
-        except TimeoutError:
-            pass
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_FLUSH_S):
+                with _logged("wait for the last answers"):
+                    while await self._active_streams():  # noqa: ASYNC110 - as above
+                        await asyncio.sleep(_POLL_S)
+                    return
+                await asyncio.sleep(_FLUSH_S)  # as long as it may take, then
 
     def refused_calls(self) -> int:
         """Return how many calls Envoy refused by itself; as last known if it does not say. Not on the event loop."""
-        with contextlib.suppress(OSError, ValueError, http.client.HTTPException):
+        with contextlib.suppress(*_UNHEARD):
             self._refused = int(self._ask_and_wait("GET", "/stats?filter=\\.rq_blocked$").rpartition(": ")[2])
         return self._refused
 
-    async def quit(self) -> None:
-        """Let Envoy end; it tells the application so first."""
-        await self._ask("POST", "/quitquitquit")
+    async def quit(self) -> bool:
+        """Let Envoy end; it tells the application so first. False if it cannot be told."""
+        with _logged("end"):
+            await self._ask("POST", "/quitquitquit")
+            return True
+        return False
 
     async def _is_live(self) -> bool:
         try:
@@ -105,6 +116,15 @@ class Admin:
         if response.status != http.HTTPStatus.OK:
             raise OSError(f"Envoy answered {path} with {response.status}: {body.strip()}")
         return body
+
+
+@contextlib.contextmanager
+def _logged(what: str) -> Iterator[None]:
+    """Log that Envoy cannot be asked to do it, and go on, as a drain must: who cleans up may take the socket away."""
+    try:
+        yield
+    except _UNHEARD as error:
+        _log.warning("Envoy cannot be asked to %s: %s", what, error)
 
 
 class _UnixConnection(http.client.HTTPConnection):

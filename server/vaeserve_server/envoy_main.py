@@ -54,7 +54,7 @@ class Application:
             self.server = life.Server(self._settings, self._new_transport)
         except StartError as error:
             _log.error("cannot start: %s", error)
-            self._give_up()
+            self._end(1)
         serving = asyncio.create_task(self._serve())
         await send({"type": "lifespan.startup.complete"})  # only then does Envoy listen
         await receive()
@@ -77,15 +77,17 @@ class Application:
         except Exception:  # noqa: BLE001 - the process ends with it
             _log.exception("the server failed")
         else:
-            await self._admin.quit()
+            if not await self._admin.quit():
+                self._end(0)
             return
-        self._give_up()
+        self._end(1)
 
-    def _give_up(self) -> NoReturn:
+    def _end(self, exit_status: int) -> NoReturn:
+        """End the process, without Envoy's leave."""
         shutil.rmtree(self._folder, ignore_errors=True)
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(1)
+        os._exit(exit_status)
 
 
 def _watch_signals(on_stop: Callable[[], None], on_reload: Callable[[], None]) -> None:

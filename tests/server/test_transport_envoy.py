@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -40,6 +41,7 @@ ENCODE, LIST_MODELS = "/vaeserve.v1.VaeService/Encode", "/vaeserve.v1.VaeService
 CHECK = "/grpc.health.v1.Health/Check"
 IMAGE, LATENT = (1, 4, 4), (3,)
 MUCH_TOO_LONG = 1.0
+A_SECOND = 0.02
 Check = health_pb2.HealthCheckRequest
 Answer = health_pb2.HealthCheckResponse
 
@@ -317,6 +319,22 @@ def test_nothing_is_left_behind_and_nobody_else_may_look_in(models: Path, tmp_pa
     assert not environment.exists() or environment.stat().st_uid == os.getuid()
     server.stop()
     assert not list(tmp_path.iterdir())
+
+
+def test_a_drain_ends_well_without_the_folder_that_somebody_cleaned_away(models: Path, tmp_path: Path) -> None:
+    server = EnvoyServer(settings(models, drain_s=30.0), TMPDIR=str(tmp_path))
+    with grpc.insecure_channel(server.target) as channel:
+        in_flight = Stub(channel).Encode.future(
+            pb.EncodeRequest(images=tensors.to_tensor(np.full((1, *IMAGE), A_SECOND, np.float32)))
+        )
+        server.until(lambda state: state.models.pool._free == 0)
+        shutil.rmtree(*tmp_path.iterdir())
+        server.process.send_signal(signal.SIGTERM)
+        assert in_flight.result().mean.shape == [1, 3]
+    log = server.end(0)
+    assert "WARNING Envoy cannot be asked to end" in log
+    assert "INFO stopped" in log
+    assert "Traceback" not in log
 
 
 def test_a_model_that_cannot_be_loaded_ends_the_process(tmp_path: Path) -> None:
