@@ -10,16 +10,18 @@ import base64
 import math
 from typing import Any
 
-from google.protobuf.any_pb2 import Any as AnyMessage
-from google.rpc import code_pb2, error_details_pb2, status_pb2
+from google.rpc import code_pb2
 
+from vaeserve_server import status
 from vaeserve_server.connections import HANDSHAKE_S, MAX_STREAMS, ConnectionLimits
+from vaeserve_server.errors import QueueFullError
 
 _TYPES = "type.googleapis.com/envoy.extensions"
 _LIMIT_FILTER = "envoy.filters.http.adaptive_concurrency"
 _OVERLOADED, _NO_METHOD = 503, 403
 _METHOD_PATH = r"/[A-Za-z0-9_.]+/[A-Za-z0-9_]+"
 _QUIET_S = 300.0
+_RETRY_S = 0.1  # the shortest of the push-backs, which Envoy draws; what goes into the details it cannot draw
 _FIXED_S = "3600s"
 
 
@@ -114,13 +116,13 @@ def _routes() -> list[dict[str, Any]]:
 
 def _refusal(max_calls: int) -> dict[str, Any]:
     """Make Envoy's reply to a call too many ours: RESOURCE_EXHAUSTED, with push-back of 100 to 199 ms by the clock."""
-    info = AnyMessage()
-    info.Pack(error_details_pb2.ErrorInfo(reason="QUEUE_FULL", domain="vaeserve"))
     message = f"the server has {max_calls} calls in hand, as many as it takes; try again"
-    rich = status_pb2.Status(code=code_pb2.RESOURCE_EXHAUSTED, message=message, details=[info])
+    refusal = status.of_error(QueueFullError(message, _RETRY_S))
+    details = dict(refusal.metadata)["grpc-status-details-bin"]
+    assert isinstance(details, bytes)
     headers = {
-        "grpc-status": str(code_pb2.RESOURCE_EXHAUSTED),
-        "grpc-status-details-bin": base64.b64encode(rich.SerializeToString()).decode().rstrip("="),
+        "grpc-status": str(refusal.code),
+        "grpc-status-details-bin": base64.b64encode(details).decode().rstrip("="),
         "grpc-retry-pushback-ms": "1%START_TIME(%2f)%",
     }
     return _mapper(_OVERLOADED, message, headers)

@@ -12,6 +12,7 @@ from pathlib import Path
 import grpc
 import numpy as np
 import pytest
+from google.rpc import code_pb2, error_details_pb2, status_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 import metrics_page
@@ -156,6 +157,19 @@ def encode_when_there_is_room(client: Client) -> None:
             return
 
 
+def check_details(serialised: bytes, message: str) -> None:
+    """See that the details of a refusal say what its status and push-back do."""
+    rich = status_pb2.Status.FromString(serialised)
+    assert (rich.code, rich.message) == (code_pb2.RESOURCE_EXHAUSTED, message)
+    info, retry = error_details_pb2.ErrorInfo(), error_details_pb2.RetryInfo()
+    packed = rich.details
+    assert len(packed) == 2
+    assert packed[0].Unpack(info)
+    assert packed[1].Unpack(retry)
+    assert (info.reason, info.domain) == ("QUEUE_FULL", "vaeserve")
+    assert 100 <= retry.retry_delay.ToMilliseconds() <= 200
+
+
 def test_calls_are_bounded_in_number_and_health_is_not(models: Path) -> None:
     with running_server(models, max_calls=4, threads=1) as server, grpc.insecure_channel(server.target) as channel:
         stub = vae_pb2_grpc.VaeServiceStub(channel)
@@ -164,7 +178,9 @@ def test_calls_are_bounded_in_number_and_health_is_not(models: Path) -> None:
         late = stub.Encode.future(request())
         assert late.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
         assert late.details().startswith("the server has 4 calls in hand, as many as it takes; try again")
-        assert 100 <= int(dict(late.trailing_metadata())["grpc-retry-pushback-ms"]) <= 200
+        told = dict(late.trailing_metadata())
+        assert 100 <= int(told["grpc-retry-pushback-ms"]) <= 200
+        check_details(told["grpc-status-details-bin"], late.details())
         health = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest())
         assert health.status == health_pb2.HealthCheckResponse.SERVING
         with Client(server.target, max_attempts=1) as client, pytest.raises(ResourceExhausted) as refused:
