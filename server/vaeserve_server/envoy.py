@@ -70,6 +70,7 @@ def _own_folder(settings: Settings, listened: Endpoints, files: TlsFiles | None,
     folder = None
     try:
         folder = Path(tempfile.mkdtemp(prefix="vaeserve-"))
+        envoy_admin.check_path(folder)
         if files is not None:
             envoy_tls.write_secrets(files, folder, 0)
         bootstrap = configuration(settings, listened, folder, ended_fd)

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import http.client
 import json
 import logging
+import os
 import socket
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,6 +23,7 @@ _POLL_S = 0.01
 _ADMIN_S = 5.0
 _RENEW_S = 5.0
 _FLUSH_S = 1.0
+_MOST_PATH_BYTES = 107 if sys.platform == "linux" else 103  # what the address of a socket has room for
 _UNHEARD = (OSError, ValueError, http.client.HTTPException)
 
 _log = logging.getLogger(__name__)
@@ -28,6 +32,15 @@ _log = logging.getLogger(__name__)
 def socket_path(folder: Path) -> Path:
     """Return where the socket is, in the folder that Envoy was given."""
     return folder / "admin.sock"
+
+
+def check_path(folder: Path) -> None:
+    """Raise OSError if the socket's path is too long to be one."""
+    path = socket_path(folder)
+    if len(os.fsencode(path)) > _MOST_PATH_BYTES:
+        raise OSError(
+            errno.ENAMETOOLONG, f"a socket's path has at most {_MOST_PATH_BYTES} bytes on this system", str(path)
+        )
 
 
 class Admin:

@@ -375,6 +375,12 @@ def test_a_start_that_fails_says_why_and_leaves_no_folder(
     with monkeypatch.context() as patch, pytest.raises(StartError, match=words.format("No space left on device")):
         patch.setattr(Path, "write_text", _full_disk)
         envoy.execute(settings(models))
+    far = own / ("x" * 100)
+    far.mkdir()
+    with monkeypatch.context() as patch, pytest.raises(StartError, match=words.format("a socket's path has at most")):
+        patch.setattr(tempfile, "tempdir", str(far))
+        envoy.execute(settings(models))
+    far.rmdir()  # nothing is in it
     certificates = Authority(tmp_path)
     certificate, _ = certificates.issue()
     _, another_key = certificates.issue("another")
