@@ -8,10 +8,12 @@ import signal
 from pathlib import Path
 
 import grpc
+import numpy as np
 import pytest
 
-from bundles import write_bundle
+from bundles import ENCODER, brittle_encoder, write_bundle
 from test_lifecycle import server_process
+from vaeserve import tensors
 from vaeserve.v1 import vae_pb2 as pb
 from vaeserve.v1 import vae_pb2_grpc
 
@@ -70,3 +72,24 @@ def test_the_log_has_each_call_under_the_id_that_its_caller_got(tmp_path: Path) 
     logged = {entry["call_id"]: entry["code"] for entry in map(json.loads, log.splitlines()) if "call_id" in entry}
     told = (answered["vaeserve-call-id"], "OK"), (trailers(refusal.value)["vaeserve-call-id"], "INVALID_ARGUMENT")
     assert logged == dict(told)
+
+
+def test_a_fault_is_told_by_its_id_alone_under_which_the_log_has_it(tmp_path: Path) -> None:
+    write_bundle(tmp_path, image_shape=IMAGE, latent_shape=LATENT, graphs={ENCODER: brittle_encoder(IMAGE, LATENT)})
+    images = [tensors.to_tensor(np.full((1, *IMAGE), pixel, np.float32)) for pixel in (1.0, 0.5)]
+    with (
+        server_process(tmp_path, "--log-format", "json") as process,
+        grpc.insecure_channel(process.target) as channel,
+    ):
+        stub = Stub(channel)
+        with pytest.raises(grpc.RpcError) as fault:
+            stub.Encode(pb.EncodeRequest(images=images[0]))
+        assert stub.Encode(pb.EncodeRequest(images=images[1])).mean.shape == [1, 3]
+        process.signal(signal.SIGTERM)
+        _, log = process.end()
+    call_id = trailers(fault.value)["vaeserve-call-id"]
+    assert fault.value.code() == grpc.StatusCode.INTERNAL
+    assert fault.value.details() == f"the server failed; its log has the details under call id {call_id}"
+    (entry,) = (entry for entry in map(json.loads, log.splitlines()) if entry["level"] == "error")
+    assert (entry["message"], entry["call_id"]) == ("call failed", call_id)
+    assert "indices element out of data bounds" in entry["exception"]

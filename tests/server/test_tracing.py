@@ -170,14 +170,20 @@ def test_a_collector_gets_the_spans_before_the_server_ends(tmp_path: Path, monke
     service.start()
     monkeypatch.setitem(ENVIRONMENT, "OTEL_EXPORTER_OTLP_ENDPOINT", f"http://127.0.0.1:{port}")
     with server_process(tmp_path, "--traces") as process, grpc.insecure_channel(process.target) as channel:
-        Stub(channel).Encode(encode(), metadata=FROM_CALLER)
+        _, call = Stub(channel).Encode.with_call(encode(), metadata=FROM_CALLER)
+        told = dict(call.trailing_metadata())
         process.signal(signal.SIGTERM)
         assert process.end()[0] == 0
     service.stop(None).wait()
     assert {span.trace_id.hex() for span in collector.spans} == {TRACE_ID}
-    assert [span.name for span in collector.spans if span.parent_span_id.hex() == PARENT_ID] == [
-        "vaeserve.v1.VaeService/Encode"
-    ]
+    named = {span.name: span for span in collector.spans}
+    assert named.keys() == {"vaeserve.v1.VaeService/Encode", "queue", "run"}
+    whole = named["vaeserve.v1.VaeService/Encode"]
+    assert whole.parent_span_id.hex() == PARENT_ID
+    assert {named["queue"].parent_span_id, named["run"].parent_span_id} == {whole.span_id}
+    attributes = {each.key: each.value.string_value for each in whole.attributes}
+    assert attributes["vaeserve.call_id"] == told["vaeserve-call-id"]
+    assert attributes["rpc.response.status_code"] == "OK"
     assert len(collector.spans) == 3
 
 
