@@ -39,7 +39,6 @@ _STREAM_ID = STREAM_ID_HEADER.encode()
 _HEADERS = [(b"content-type", b"application/grpc"), (b"grpc-accept-encoding", grpc_wire.ACCEPTED_ENCODINGS)]
 _START = {"type": "http.response.start", "status": 200, "headers": _HEADERS, "trailers": True}
 _OK = {"type": "http.response.trailers", "headers": [(b"grpc-status", b"0")]}
-_CONTENT_TYPES = {b"application/grpc", b"application/grpc+proto"}
 _EXPIRED = status.Status(code_pb2.DEADLINE_EXCEEDED, "Deadline Exceeded", ())
 _LAST_BYTES_S = 1.0
 _READ_BYTES = 65536
@@ -143,7 +142,7 @@ class EnvoyTransport:
                 self._idle.set()
 
     async def _answer(self, scope: _Event, headers: dict[bytes, bytes], stream: Stream) -> None:
-        if headers.get(b"content-type") not in _CONTENT_TYPES:
+        if not grpc_wire.is_grpc(headers.get(b"content-type", b"")):
             stream.refuse_http(415)
             return
         if headers.get(b"te") != b"trailers":  # without it Envoy sends none, and the status stands in them
@@ -311,7 +310,7 @@ class Stream:
             return frame.data
         if self.encoding != b"gzip":
             raise grpc_wire.WireError(code_pb2.INTERNAL, "a message is compressed but the call names no grpc-encoding")
-        return await grpc_wire.content(frame.data, self._max_message_bytes)
+        return await grpc_wire.unpacked(frame.data, self._max_message_bytes) if frame.data else b""
 
 
 class _Context:

@@ -90,6 +90,20 @@ def test_unknown_methods_are_unimplemented(target: str, path: str) -> None:
         assert connection.call(path, frame(b"")) == UNIMPLEMENTED
 
 
+@pytest.mark.parametrize(
+    "content_type", ["application/grpc+proto", "application/grpc+json", "application/grpc;charset=utf-8"]
+)
+def test_what_the_content_type_says_of_messages_does_not_matter(target: str, content_type: str) -> None:
+    with Connection(target) as connection:
+        assert connection.call(LIST_MODELS, frame(b""), content_type=content_type) == "0"
+
+
+@pytest.mark.parametrize("body", [b"", gzipped(b"")])
+def test_an_empty_message_may_be_marked_as_compressed(target: str, body: bytes) -> None:
+    with Connection(target) as connection:
+        assert connection.call(LIST_MODELS, frame(body, 1), grpc_encoding="gzip") == "0"
+
+
 @pytest.mark.parametrize("rows", [1, 100])
 def test_compressed_requests_are_taken(target: str, rows: int) -> None:
     images = np.random.default_rng(0).integers(0, 256, (rows, 1, 28, 28), np.uint8)

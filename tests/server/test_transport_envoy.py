@@ -115,6 +115,7 @@ def occupy(server: EnvoyServer, connection: Connection) -> int:
         (frame(b"") * 2, {}, "13", "the request has more than one message; the method takes one"),
         (frame(b"")[:3], {}, "13", "the request ended after 3 of the 5 bytes of a message"),
         (frame(b"", length=2**32 - 1), {}, "8", "Received message larger than max (4294967295 vs. 1048576)"),
+        (frame(b"\x0a\0", 1), {"grpc_encoding": "gzip"}, "3", "a message is not gzip data, as its call says"),
         (frame(b"", compressed=2), {}, "13", "a message's first byte is 2; it says compressed (1) or not (0)"),
     ],
 )
