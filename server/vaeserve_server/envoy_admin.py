@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from vaeserve_server import envoy_tls, tls
-from vaeserve_server.errors import ListenError, TlsError
+from vaeserve_server.errors import ListenError
 from vaeserve_server.tls import TlsFiles
 
 _START_S = 20.0
@@ -68,17 +68,20 @@ class Admin:
         return port
 
     async def renew_tls(self) -> None:
-        """Have Envoy show the certificate that is in the files now; TlsError if it does not take it."""
-        assert self._files is not None
+        """Have Envoy show the certificate that is in the files now; TlsError if it does not take all of them."""
+        files = self._files
+        assert files is not None
         self._generation += 1
-        serial = (await asyncio.to_thread(tls.read, self._files)).serial
-        await asyncio.to_thread(envoy_tls.write_secrets, self._files, self._folder, self._generation)
+        serial = (await asyncio.to_thread(tls.read, files)).serial
+        before = await self._taken()
+        await asyncio.to_thread(envoy_tls.write_secrets, files, self._folder, self._generation)
         try:
             async with asyncio.timeout(_RENEW_S):
-                while not envoy_tls.shows(await self._ask("GET", "/certs"), serial):  # noqa: ASYNC110 - as above
+                while not await self._uses(serial, before):  # noqa: ASYNC110 - as above
                     await asyncio.sleep(_POLL_S)
         except TimeoutError:
-            raise TlsError("--tls-cert", self._files.certificate, "Envoy does not take it") from None
+            raise envoy_tls.not_taken(files, await self._taken() & before) from None
+        await asyncio.to_thread(envoy_tls.remove_links, self._folder, self._generation)
 
     async def stop_listening(self) -> None:
         """Refuse new connections, and ask open ones, with their next answer, to go away."""
@@ -114,6 +117,14 @@ class Admin:
             return "LIVE" in await self._ask("GET", "/ready")
         except OSError:
             return False
+
+    async def _uses(self, serial: int, before: set[str]) -> bool:
+        """Return whether all secrets were taken since `_taken` said `before`, and this certificate is shown."""
+        return not await self._taken() & before and envoy_tls.shows(await self._ask("GET", "/certs"), serial)
+
+    async def _taken(self) -> set[str]:
+        """Return how often Envoy has taken each of its secrets, as it says so itself, a line each."""
+        return set((await self._ask("GET", f"/stats?filter={envoy_tls.TAKEN}")).splitlines())
 
     async def _active_streams(self) -> int:
         return int((await self._ask("GET", "/stats?filter=http.grpc.downstream_rq_active$")).rpartition(": ")[2])

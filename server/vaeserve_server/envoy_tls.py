@@ -9,14 +9,20 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from vaeserve_server.errors import TlsError
 from vaeserve_server.tls import TlsFiles
 
 _TYPE = "type.googleapis.com/envoy.extensions.transport_sockets.tls.v3"
 _HANDSHAKE = "20s"
 _SERVER, _CLIENTS = "server", "clients"
+_NOT_TAKEN = "Envoy does not take it"
+TAKEN = r"^sds\..*\.update_success$"
+"""Finds Envoy's counts of how often it has taken each secret."""
 
 
 def filter_chain(files: TlsFiles, folder: Path) -> dict[str, Any]:
@@ -40,7 +46,7 @@ def filter_chain(files: TlsFiles, folder: Path) -> dict[str, Any]:
 
 def write_secrets(files: TlsFiles, folder: Path, generation: int) -> None:
     """Have Envoy read the files as they are now. `generation` counts how often."""
-    links = folder / f"tls-{generation}"
+    links = _links(folder, generation)
     links.mkdir()
     if files.client_ca is not None:
         authority = {"filename": _link(links / "client_ca.pem", files.client_ca)}
@@ -56,6 +62,24 @@ def shows(certs: str, serial: int) -> bool:
     """Return whether Envoy's own list of its certificates has the one with this number."""
     chains = [chain for entry in json.loads(certs)["certificates"] for chain in entry["cert_chain"]]
     return any(int(chain["serial_number"], 16) == serial for chain in chains)
+
+
+def not_taken(files: TlsFiles, counts: Iterable[str]) -> TlsError:
+    """Return the error of secrets whose counts, as of `TAKEN`, have not changed, or else of the certificate."""
+    if files.client_ca is not None and any(f".{_CLIENTS}." in count for count in counts):
+        return TlsError("--client-ca", files.client_ca, _NOT_TAKEN)
+    return TlsError("--tls-cert", files.certificate, _NOT_TAKEN)
+
+
+def remove_links(folder: Path, generation: int) -> None:
+    """Remove the links of all generations but this one, which Envoy has taken."""
+    for links in folder.glob("tls-*"):
+        if links != _links(folder, generation):
+            shutil.rmtree(links, ignore_errors=True)
+
+
+def _links(folder: Path, generation: int) -> Path:
+    return folder / f"tls-{generation}"
 
 
 def _write(name: str, folder: Path, content: dict[str, Any]) -> None:

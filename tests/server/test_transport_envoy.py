@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -24,7 +25,7 @@ import metrics_page
 from bundles import ENCODER, slow_encoder, write_bundle
 from certificates import Authority
 from http2 import Connection, frame
-from vaeserve import tensors
+from vaeserve import TLS, Client, tensors
 from vaeserve.v1 import vae_pb2 as pb
 from vaeserve.v1 import vae_pb2_grpc
 from vaeserve_server.errors import StartError
@@ -320,6 +321,33 @@ def test_nothing_is_left_behind_and_nobody_else_may_look_in(models: Path, tmp_pa
     assert not environment.exists() or environment.stat().st_uid == os.getuid()
     server.stop()
     assert not list(tmp_path.iterdir())
+
+
+def test_renewed_files_count_when_envoy_has_taken_each_and_leave_nothing_old(models: Path, tmp_path: Path) -> None:
+    own = tmp_path / "own"
+    own.mkdir()
+    authority, clients, others = (Authority(tmp_path, name) for name in ("authority", "clients", "others"))
+    certificate, key = authority.issue()
+    client_certificate, client_key = others.issue("client")
+    chosen = settings(models, tls_cert=certificate, tls_key=key, client_ca=clients.file)
+    server = EnvoyServer(chosen, TMPDIR=str(own))
+    assert len(list(own.glob("vaeserve-*/tls-*"))) == 1
+    clients.file.write_bytes(others.file.read_bytes())
+    wait_for_log(server, "the certificate changed and is in use")
+    assert len(list(own.glob("vaeserve-*/tls-*"))) == 1
+    with Client(server.target, tls=TLS(authority.file, client_key, client_certificate), max_attempts=1) as client:
+        assert client.models()
+    with clients.file.open("a") as file:  # which Python's OpenSSL passes over and Envoy's refuses
+        file.write("-----BEGIN X509 CRL-----\nAAAA\n-----END X509 CRL-----\n")
+    wait_for_log(server, f"keeping the old: --client-ca {clients.file}: Envoy does not take it")
+    server.stop()
+
+
+def wait_for_log(server: EnvoyServer, words: str) -> None:
+    deadline = time.monotonic() + 60
+    while words not in server.log():
+        assert time.monotonic() < deadline, server.log()
+        time.sleep(0.05)
 
 
 def test_a_drain_ends_well_without_the_folder_that_somebody_cleaned_away(models: Path, tmp_path: Path) -> None:
