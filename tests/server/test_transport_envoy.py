@@ -70,8 +70,8 @@ def settings(models: Path, **changes: object) -> Settings:
 
 
 @contextlib.contextmanager
-def envoy_server(models: Path, **changes: object) -> Iterator[EnvoyServer]:
-    server = EnvoyServer(settings(models, **changes))
+def envoy_server(models: Path, temporary: Path | None = None, **changes: object) -> Iterator[EnvoyServer]:
+    server = EnvoyServer(settings(models, **changes), **({"TMPDIR": str(temporary)} if temporary else {}))
     try:
         yield server
     finally:
@@ -329,18 +329,16 @@ def test_renewed_files_count_when_envoy_has_taken_each_and_leave_nothing_old(mod
     authority, clients, others = (Authority(tmp_path, name) for name in ("authority", "clients", "others"))
     certificate, key = authority.issue()
     client_certificate, client_key = others.issue("client")
-    chosen = settings(models, tls_cert=certificate, tls_key=key, client_ca=clients.file)
-    server = EnvoyServer(chosen, TMPDIR=str(own))
-    assert len(list(own.glob("vaeserve-*/tls-*"))) == 1
-    clients.file.write_bytes(others.file.read_bytes())
-    wait_for_log(server, "the certificate changed and is in use")
-    assert len(list(own.glob("vaeserve-*/tls-*"))) == 1
-    with Client(server.target, tls=TLS(authority.file, client_key, client_certificate), max_attempts=1) as client:
-        assert client.models()
-    with clients.file.open("a") as file:  # which Python's OpenSSL passes over and Envoy's refuses
-        file.write("-----BEGIN X509 CRL-----\nAAAA\n-----END X509 CRL-----\n")
-    wait_for_log(server, f"keeping the old: --client-ca {clients.file}: Envoy does not take it")
-    server.stop()
+    with envoy_server(models, own, tls_cert=certificate, tls_key=key, client_ca=clients.file) as server:
+        assert len(list(own.glob("vaeserve-*/tls-*"))) == 1
+        clients.file.write_bytes(others.file.read_bytes())
+        wait_for_log(server, "the certificate changed and is in use")
+        assert len(list(own.glob("vaeserve-*/tls-*"))) == 1
+        with Client(server.target, tls=TLS(authority.file, client_key, client_certificate), max_attempts=1) as client:
+            assert client.models()
+        with clients.file.open("a") as file:  # which Python's OpenSSL passes over and Envoy's refuses
+            file.write("-----BEGIN X509 CRL-----\nAAAA\n-----END X509 CRL-----\n")
+        wait_for_log(server, f"keeping the old: --client-ca {clients.file}: Envoy does not take it")
 
 
 def wait_for_log(server: EnvoyServer, words: str) -> None:
@@ -351,16 +349,17 @@ def wait_for_log(server: EnvoyServer, words: str) -> None:
 
 
 def test_a_drain_ends_well_without_the_folder_that_somebody_cleaned_away(models: Path, tmp_path: Path) -> None:
-    server = EnvoyServer(settings(models, drain_s=30.0), TMPDIR=str(tmp_path))
-    with grpc.insecure_channel(server.target) as channel:
-        in_flight = Stub(channel).Encode.future(
-            pb.EncodeRequest(images=tensors.to_tensor(np.full((1, *IMAGE), A_SECOND, np.float32)))
-        )
+    images = tensors.to_tensor(np.full((1, *IMAGE), A_SECOND, np.float32))
+    with (
+        envoy_server(models, tmp_path, drain_s=30.0) as server,
+        grpc.insecure_channel(server.target) as channel,
+    ):
+        in_flight = Stub(channel).Encode.future(pb.EncodeRequest(images=images))
         server.until(lambda state: state.models.pool._free == 0)
         shutil.rmtree(*tmp_path.iterdir())
         server.process.send_signal(signal.SIGTERM)
         assert in_flight.result().mean.shape == [1, 3]
-    log = server.end(0)
+        log = server.end(0)
     assert "WARNING Envoy cannot be asked to end" in log
     assert "INFO stopped" in log
     assert "Traceback" not in log
