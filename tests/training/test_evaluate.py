@@ -67,6 +67,17 @@ def test_the_importance_weighted_nll_does_not_depend_on_the_batch_size(batch_siz
     np.testing.assert_allclose(iw_nll(vae, images, "bernoulli", k=70, batch_size=batch_size), expected, rtol=1e-6)
 
 
+@pytest.mark.parametrize("batch_size", [1, 7, 64, 100])
+def test_no_more_images_are_decoded_at_once_than_the_batch_size(batch_size: int) -> None:
+    vae, images = build(tiny_config()), tiny_data().train
+    decoded: list[int] = []
+    vae.decoder.body.register_forward_pre_hook(lambda _, inputs: decoded.append(len(inputs[0])))
+    told: list[int] = []
+    iw_nll(vae, images, "bernoulli", k=70, batch_size=batch_size, advance=told.append)
+    assert max(decoded) <= batch_size
+    assert sum(decoded) == sum(told) == 70 * len(images)
+
+
 def test_the_first_images_figures_do_not_depend_on_how_many_follow(
     trained: checkpoint.Checkpoint, digits: np.ndarray
 ) -> None:

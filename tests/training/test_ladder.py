@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from headless import find_browser, open_page
+from vaeserve_training import figures_ladder
 from vaeserve_training.__main__ import main
 from vaeserve_training.compute import cpu_threads
 from vaeserve_training.config import DataConfig, ModelConfig, PriorConfig, preset
@@ -60,6 +61,9 @@ DO_NOT_HOLD = {
         "Midway between codes of unseen images lie better images in the VAE, with 128 training images.",
         "Midway between codes of unseen images lie better images in the VAE, with 1 024 training images.",
         "Codes of unseen images hold them better in the VAE, with 1 024 training images.",
+        "They do so in nats, too, with 1 024 training images.",
+        "Reconstructions of unseen images are nearer to the data from the VAE, with 128 training images.",
+        "Reconstructions of unseen images are nearer to the data from the VAE, with 1 024 training images.",
     },
 }
 # What a step is to show and measure: columns, rows, titles and measures that its results must have, and pictures.
@@ -105,7 +109,8 @@ SHOWN = {
         "FID-LeNet",
         "precision",
         "recall",
-        "nearer to training images",
+        "core precision",
+        "estimated share of copies",
         "06-samples.png",
         "06-nearest.png",
     },
@@ -136,6 +141,7 @@ SHOWN = {
     },
     10: {
         "gap, nats",
+        "distortion at the mean, unseen, nats",
         "samples, N(0, I)",
         "midpoints of codes of unseen images",
         "mean squared error, unseen",
@@ -421,7 +427,11 @@ def test_real_images_are_nearer_to_real_ones_than_noise_is(lab):
     assert lab.quality(noise).fid > 20 * lab.floor.fid
     assert lab.quality(noise).recall < 0.05
     assert lab.floor.precision > 0.8
-    assert lab.quality(intensity(lab.train_pixels[:256])).copying == 1
+
+
+def test_training_images_are_copies_and_unseen_ones_are_not(lab):
+    assert lab.copied(intensity(lab.train_pixels[:256])).share == 1
+    assert lab.copied(intensity(lab.test_pixels[:256])).share < 0
 
 
 def test_figures_compare_at_one_number_of_images_only(lab):
@@ -467,6 +477,36 @@ def test_several_seeds_are_held_to_the_bound_one_by_one_and_shown_as_mean_and_sp
     assert not Claim.at_least("It is a number.", "size", (float("nan"),), 0.0).held
     assert in_words((1.0, 2.0, 6.0)) == "3 ± 2.646"
     assert in_words(10_000) == "10 000"
+
+
+def test_pictures_of_one_seed_say_so_and_charts_of_several_name_them(few, tmp_path, monkeypatch):
+    notes: dict[str, str] = {}
+
+    def noted(draw, path, *arguments, note, **options):
+        notes[path.name] = note
+        return draw(path, *arguments, note=note, **options)
+
+    for name in ("image_rows", "image_panels", "chart"):
+        monkeypatch.setattr(figures_ladder, name, functools.partial(noted, getattr(figures_ladder, name)))
+    small = HANDFUL.model_copy(update={"constant_steps": 5, "one_hot_steps": 5, "seeds": (0, 1)})
+    climb.climb(small, few, tmp_path, numbers=(1, 2), device="cpu", workers=1)
+    assert {name for name, note in notes.items() if "seed 0" in note} == {
+        "01-over-training.png",
+        "02-memorised.png",
+        "02-unseen.png",
+    }
+    assert {name for name, note in notes.items() if "seeds 0 and 1" in note} == {"01-error.png", "02-steps.png"}
+    report = (tmp_path / climb.REPORT).read_text()
+    assert "A claim holds if it does for every seed" in report
+    assert "Seed by seed: " in report
+
+
+def test_pictures_of_another_run_are_not_taken_for_a_steps_own(few, tmp_path):
+    small = HANDFUL.model_copy(update={"constant_steps": 5})
+    climb.climb(small, few, tmp_path, numbers=(1,), device="cpu")
+    assert climb.unfinished(Lab(small.within(few), few, tmp_path), [1]) == []
+    (tmp_path / "01-error.png").write_bytes(b"of a run with other sizes")
+    assert [step.number for step in climb.unfinished(Lab(small.within(few), few, tmp_path), [1])] == [1]
 
 
 def test_the_command_runs_the_named_steps(tmp_path, capsys, monkeypatch):

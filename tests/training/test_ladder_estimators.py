@@ -132,11 +132,44 @@ def test_nearest_finds_the_image_itself():
     assert found.mse == pytest.approx(1e-6, rel=1e-3)
 
 
-def test_copying_share_tells_copies_from_fresh_draws():
+@pytest.mark.parametrize("unseen", [900, 150])
+def test_copies_are_told_from_fresh_images_however_many_more_were_trained_on(unseen):
     random = torch.Generator().manual_seed(0)
-    train, held_out, fresh = torch.rand(3, 900, 1, 3, 3, generator=random)
-    assert distances.copying_share(train + 1e-4, train, held_out) == 1
-    assert distances.copying_share(fresh, train, held_out) == pytest.approx(0.5, abs=0.06)
+    train, fresh = torch.rand(2, 900, 1, 3, 3, generator=random)
+    held_out = torch.rand(unseen, 1, 3, 3, generator=random)
+    none = distances.copied_share(fresh, train, held_out)
+    assert none.standard_error == pytest.approx(math.sqrt(900 / unseen / 900))
+    assert none.share == pytest.approx(0, abs=3 * none.standard_error)
+    assert distances.copied_share(train + 1e-4, train, held_out).share == 1
+    half = torch.cat([train[450:], fresh[:450]])
+    assert distances.copied_share(half, train, held_out).share == pytest.approx(0.5, abs=3 * none.standard_error)
+
+
+def test_channel_information_is_the_textbook_value():
+    # The capacity of the binary-input Gaussian channel at S/N = 1 (0 dB).
+    assert information.bits(information.channel_information(torch.tensor([-1.0, 1.0]), 1.0)) == pytest.approx(
+        0.48594, abs=1e-5
+    )
+    assert information.channel_information(torch.tensor([-1.0, 1.0]), 0.01) == pytest.approx(math.log(2), abs=1e-9)
+    assert information.channel_information(torch.zeros(3), 1.0) == pytest.approx(0, abs=1e-12)
+
+
+@pytest.mark.parametrize("stddev", [0.2, 1.0, 100.0])
+def test_channel_information_of_gaussian_inputs_is_the_capacity(stddev):
+    inputs = information.gaussian_inputs(300, 1.0)
+    assert float(inputs.var(correction=0)) == pytest.approx(1)
+    found = information.bits(information.channel_information(inputs, stddev))
+    assert found == pytest.approx(information.capacity_bits(stddev**-2), rel=1e-3)
+
+
+def test_the_standard_error_of_mutual_information_is_right():
+    inputs = 2 * gaussian(50, 1)
+    found = [
+        information.mutual_information(inputs, torch.full_like(inputs, 0.5), draws=400, seed=seed) for seed in range(60)
+    ]
+    spread = float(torch.tensor([one.nats for one in found]).std())
+    # Draws are spread evenly over the posteriors, so the estimates scatter somewhat less than independent draws would.
+    assert 0.5 < spread / found[0].standard_error_nats < 1.2
 
 
 def test_sampled_kl_is_the_closed_form():

@@ -150,8 +150,8 @@ def iw_nll(
 ) -> NDArray[np.float64]:
     """Return the importance-weighted NLL of each image, float64 (M,), in nats.
 
-    Burda, Grosse and Salakhutdinov 2016, equation 8, with k samples. At most about `batch_size` decoded images are in
-    memory at once; `advance` is told the importance samples finished, M * k in all.
+    Burda, Grosse and Salakhutdinov 2016, equation 8, with k samples. At most `batch_size` images are decoded at once;
+    `advance` is told the importance samples finished, M * k in all.
     """
     if likelihood == "mse":
         raise EvaluationError("mse is no normalised likelihood, so there is no NLL; train with bernoulli or gaussian")
@@ -164,13 +164,16 @@ def iw_nll(
             log_sum = torch.full((len(batch),), -math.inf, device=device, dtype=torch.float64)
             block = (seed, Stream.IMPORTANCE, start // BLOCK_IMAGES)
             for drawn in _importance_noise(block, k, vae.latent_size, batch_size, device):
-                noise = drawn[:, : len(batch)]
-                weights = objectives.log_importance_weights(
-                    vae, posterior, observation.target, noise, likelihood, prior=prior
-                )
-                log_sum = torch.logaddexp(log_sum, weights.double().logsumexp(0))
-                if advance:
-                    advance(len(noise) * len(batch))
+                for first in range(0, len(batch), batch_size):
+                    part = slice(first, min(first + batch_size, len(batch)))
+                    own = Posterior(posterior.mean[part], posterior.log_variance[part])
+                    noise = drawn[:, part]
+                    weights = objectives.log_importance_weights(
+                        vae, own, observation.target[part], noise, likelihood, prior=prior
+                    )
+                    log_sum[part] = torch.logaddexp(log_sum[part], weights.double().logsumexp(0))
+                    if advance:
+                        advance(noise.shape[0] * noise.shape[1])
             results.append((math.log(k) - log_sum).cpu().numpy())
     return np.concatenate(results)
 

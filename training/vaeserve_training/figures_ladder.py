@@ -186,13 +186,17 @@ class Series:
     style: Literal["line", "dots"] = "line"
     names: Sequence[str] = ()
     """A few words beside each point."""
+    colour: int | None = None
+    """Place of its colour and marker; by default its own among the panel's series."""
 
     @classmethod
-    def over_seeds(cls, label: str, x: Sequence[float], figures: Sequence[Sequence[float]]) -> Self:
+    def over_seeds(
+        cls, label: str, x: Sequence[float], figures: Sequence[Sequence[float]], *, colour: int | None = None
+    ) -> Self:
         """Return the means and standard deviations of several figures for each x, one per seed."""
         several = len(figures[0]) > 1
         spread = [_spread(values) for values in figures] if several else ()
-        return cls(label, list(x), [float(np.mean(values)) for values in figures], spread)
+        return cls(label, list(x), [float(np.mean(values)) for values in figures], spread, colour=colour)
 
 
 def _spread(values: Sequence[float]) -> float:
@@ -240,12 +244,13 @@ def _draw_panel(axes: Axes, panel: Panel) -> None:
         axes.set_yscale("log")
     colours = _ordered_colours(len(panel.series)) if panel.ordered else _LINE_COLOURS
     for number, series in enumerate(panel.series):
-        _draw_series(axes, series, colours[number % len(colours)], MARKERS[number % len(MARKERS)])
+        place = number if series.colour is None else series.colour
+        _draw_series(axes, series, colours[place % len(colours)], MARKERS[place % len(MARKERS)])
     if panel.diagonal:
         axes.axline((0, 0), slope=1, color="#888888", linewidth=1, linestyle="--")
     for label, value in panel.references:
         axes.axhline(value, color="#555555", linewidth=1, linestyle="--")
-        axes.annotate(label, (0, value), xycoords=("axes fraction", "data"), xytext=(4, 3), ha="left", fontsize=8,
+        axes.annotate(label, (0, value), xycoords=("axes fraction", "data"), xytext=(4, 6), ha="left", fontsize=8,
                       textcoords="offset points", color="#555555", bbox=_OVER_LINES)  # fmt: skip
     for axis, is_log in ((axes.xaxis, panel.log_x), (axes.yaxis, panel.log_y)):
         if is_log:

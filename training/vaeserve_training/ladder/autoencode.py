@@ -62,7 +62,7 @@ def measure_autoencoder(lab: Lab) -> Findings:
     made_with = sizes(
         runs[0].system.spec, seeds, f"{size} latents", f"FID-LeNet on {number(lab.scale.samples)} images a side"
     )
-    _draw_autoencoder(lab, runs[0], later, samples[0], made_with)
+    _draw_autoencoder(lab, runs[0], later, samples[0], sizes(runs[0].system.spec, seeds[:1], f"{size} latents"))
     return Findings(
         sizes=made_with,
         claims=(

@@ -7,6 +7,7 @@ in the folder that were made with these sizes and images.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import time
@@ -33,7 +34,7 @@ from vaeserve_training.progress import Bar
 RESULTS = "results.json"
 REPORT = "report.html"
 _STEPS = "steps"
-_FORMAT = 2  # of a step's file; raised when the same sizes would no longer give the same figures, or not all of them
+_FORMAT = 3  # of a step's file; raised when the same sizes would no longer give the same figures, or not all of them
 
 logger = logging.getLogger(__name__)
 
@@ -122,11 +123,21 @@ def _key(lab: Lab) -> dict[str, Any]:
 
 
 def _saved(lab: Lab, result: StepResult) -> bytes:
-    return json.dumps({"key": _key(lab), "result": result.model_dump(mode="json")}, indent=2).encode()
+    pictures = {picture.file: _digest(lab.out / picture.file) for picture in result.pictures}
+    saved = {"key": _key(lab), "pictures": pictures, "result": result.model_dump(mode="json")}
+    return json.dumps(saved, indent=2).encode()
+
+
+def _digest(path: Path) -> str | None:
+    """Return the file's SHA-256, None if it is not there."""
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
 
 
 def _load(lab: Lab, number: int) -> StepResult | None:
-    """Return the step's result if it was made with these sizes and images and its pictures are there."""
+    """Return the step's result if it was made with these sizes and images and its pictures are there as it drew them.
+
+    Those of a run with other sizes in the same folder may have taken their place.
+    """
     path = _file(lab, number)
     if not path.is_file():
         return None
@@ -134,7 +145,7 @@ def _load(lab: Lab, number: int) -> StepResult | None:
         saved = json.loads(path.read_bytes())
         if saved["key"] != _key(lab):
             return None
-        result = StepResult.model_validate(saved["result"])
+        result, pictures = StepResult.model_validate(saved["result"]), dict(saved["pictures"])
     except (ValueError, KeyError, ValidationError) as error:
         raise CacheError(f"{path} is no result of a step ({error}); remove it and run the step again") from error
-    return result if all((lab.out / picture.file).is_file() for picture in result.pictures) else None
+    return result if all(_digest(lab.out / file) == digest for file, digest in pictures.items()) else None

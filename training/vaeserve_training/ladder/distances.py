@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import numpy as np
@@ -99,13 +100,25 @@ def nearest(images: Tensor, reference: Tensor) -> Nearest:
     return Nearest(torch.cat(rows).numpy(), torch.cat(errors).double().numpy())
 
 
-def copying_share(images: Tensor, train: Tensor, held_out: Tensor) -> float:
-    """Return the share of images that lie nearer to a training image than to any of as many held-out ones.
+class Copies(NamedTuple):
+    """An estimated share of copies, and the standard error that it has where there are none."""
 
-    0.5: the training images are no nearer than images never seen; 1: every image is a copy of a training image. The
-    statistic of the data-copying test of Meehan, Chaudhuri and Dasgupta 2020.
+    share: float
+    standard_error: float
+
+
+def copied_share(images: Tensor, train: Tensor, held_out: Tensor) -> Copies:
+    """Estimate the share of images that are copies of training images, from whose image is nearest to each.
+
+    An image that is no copy is nearest to one of the N training images, of all N + M, with probability N / (N + M), as
+    to any other N of them; a copy always is. So 0 is no memory of the training images, below 0 chance, and 1 nothing
+    but copies. After the data-copying test of Meehan, Chaudhuri and Dasgupta 2020, which likewise compares distances
+    to the training images.
     """
-    count = min(len(train), len(held_out))
-    to_train, to_held_out = nearest(images, train[:count]).mse, nearest(images, held_out[:count]).mse
-    ties = to_train == to_held_out
-    return float(np.where(ties, 0.5, to_train < to_held_out).mean())
+    to_train, to_held_out = nearest(images, train).mse, nearest(images, held_out).mse
+    nearer = float(np.where(to_train == to_held_out, 0.5, to_train < to_held_out).mean())
+    by_chance = len(train) / (len(train) + len(held_out))
+    return Copies(
+        share=(nearer - by_chance) / (1 - by_chance),
+        standard_error=math.sqrt(len(train) / len(held_out) / len(images)),
+    )

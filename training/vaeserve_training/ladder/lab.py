@@ -18,7 +18,7 @@ from vaeserve_training.data import ImageData
 from vaeserve_training.evaluate import Bound
 from vaeserve_training.ladder import lenet
 from vaeserve_training.ladder.cache import Cache, Entry, system_key, trained_system
-from vaeserve_training.ladder.distances import copying_share, frechet_distance, precision_recall
+from vaeserve_training.ladder.distances import Copies, copied_share, frechet_distance, precision_recall
 from vaeserve_training.ladder.lenet import LeNet
 from vaeserve_training.ladder.scale import Scale
 from vaeserve_training.ladder.systems import Spec, System, intensity
@@ -35,13 +35,12 @@ class Draw(IntEnum):
 
 
 class Quality(NamedTuple):
-    """How images stand to the data: distance of distributions, fidelity, coverage, and copying of training images."""
+    """How images stand to the data: distance of distributions, fidelity and coverage."""
 
     fid: float
     precision: float
     core_precision: float
     recall: float
-    copying: float
 
 
 @dataclass
@@ -129,8 +128,11 @@ class Lab:
             precision=among.precision,
             core_precision=among.core_precision,
             recall=among.recall,
-            copying=copying_share(images, intensity(self.train_pixels), intensity(self.test_pixels)),
         )
+
+    def copied(self, images: Tensor) -> Copies:
+        """Return the estimated share of copies among images in 0..1, by all training and all unseen images."""
+        return copied_share(images, intensity(self.train_pixels), intensity(self.test_pixels))
 
     def _features(self, images: Tensor) -> Tensor:
         if len(images) != self.scale.samples:

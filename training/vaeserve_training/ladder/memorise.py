@@ -71,11 +71,12 @@ def _draw_constant(lab: Lab, runs: list[Trained], made_with: str) -> None:
     pixels = lab.train_pixels[:1]
     steps = sorted(runs[0].snapshots)
     seen = [runs[0].at(step).reconstruct(pixels) for step in steps]
+    one_seed = sizes(runs[0].system.spec, lab.scale.seeds[:1])
     figures.image_rows(
         lab.out / "01-over-training.png",
         [ImageRow("after step", torch.cat([*seen, intensity(pixels)]).numpy())],
         columns=[*(number(step) for step in steps), "image"],
-        note=made_with,
+        note=one_seed,
     )
     curves = [
         Series(f"seed {seed}", [record.step for record in run.history], [record.distortion for record in run.history])
@@ -180,17 +181,18 @@ def _unseen_distances(lab: Lab, runs: list[Trained]) -> dict[str, Figures]:
 
 def _draw_one_hot(lab: Lab, system: System, steps: dict[int, Figures], made_with: str) -> None:
     pixels = lab.train_pixels[: system.spec.images]
+    shown = sizes(system.spec, lab.scale.seeds[:1])
     figures.image_rows(
         lab.out / "02-memorised.png",
         [
             ImageRow("image", intensity(pixels[:_SHOWN]).numpy()),
             ImageRow("memorised", system.reconstruct(pixels)[:_SHOWN].numpy()),
         ],
-        note=made_with,
+        note=shown,
     )
     unseen = _unseen_codes(lab, len(pixels), lab.scale.seeds[0])
     rows = [ImageRow(kind, system.decode(codes).numpy()) for kind, codes in unseen.items()]
-    figures.image_rows(lab.out / "02-unseen.png", rows, note=made_with)
+    figures.image_rows(lab.out / "02-unseen.png", rows, note=shown)
     panel = Panel(
         x_label="number of images",
         y_label="optimiser steps",
@@ -252,8 +254,8 @@ def measure_vectors(lab: Lab) -> Findings:
             Picture(file="03-midpoints.png", caption="Pairs of images, and what lies midway between their codes."),
         ),
         remarks=(
-            f"A few real numbers do the work of step 2's {number(images + 1)} places. But nothing in the loss says "
-            "what should lie between the codes, as the midpoints show.",
+            f"A few real numbers do nearly the work of step 2's {number(images + 1)} places. But nothing in the loss "
+            "says what should lie between the codes: midpoints are none of the images, and few of them are digits.",
         ),
     )
 
@@ -319,7 +321,8 @@ def _draw_vectors(lab: Lab, runs: VectorRuns, errors: VectorFigures, between: Ve
             code = system.encode(pixels)
             rows.append(ImageRow(f"{codes}, {size} numbers", system.decode((code[first] + code[second]) / 2).numpy()))
     rows.append(ImageRow("the other", intensity(pixels[second]).numpy()))
-    figures.image_rows(lab.out / "03-midpoints.png", rows, note=made_with)
+    shown = sizes(runs[LEARNED, dimensions[-1]][0].system.spec, lab.scale.seeds[:1])
+    figures.image_rows(lab.out / "03-midpoints.png", rows, note=shown)
 
 
 def _errors(system: System, pixels: Tensor) -> Tensor:

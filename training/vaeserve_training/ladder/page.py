@@ -57,6 +57,12 @@ _PAGE = """<!DOCTYPE html>
 """
 
 
+_SEVERAL = (
+    "Figures are means over the seeds ± standard deviation. A claim holds if it does for every seed; where it does "
+    "not, the seeds' own figures are given. "
+)
+
+
 def render(results: Sequence[StepResult], scale: Scale, data: ImageData, folder: Path) -> str:
     """Return the report on these steps as HTML; their pictures are read from `folder`."""
     intro = (
@@ -64,7 +70,7 @@ def render(results: Sequence[StepResult], scale: Scale, data: ImageData, folder:
         f"Sizes: {scale.name}, up to {number(scale.train_images)} training images of {data.name}, "
         f"seed{'s' * (len(scale.seeds) > 1)} {listed(scale.seeds)}. Every claim is compared with a bound that was set "
         "beforehand; where it does not hold, the report says so. "
-        f"{'Figures are means over the seeds ± standard deviation. ' * (len(scale.seeds) > 1)}"
+        f"{_SEVERAL * (len(scale.seeds) > 1)}"
         "FID-LeNet is the Frechet distance in the feature space of a small classifier trained on these images: it "
         "compares the systems on this page, and nothing else."
     )
@@ -110,6 +116,8 @@ def _claims(claims: Iterable[Claim]) -> str:
     for claim in claims:
         style, verdict = ("held", "holds") if claim.held else ("broken", "does not hold")
         reason = f" {claim.otherwise}" if claim.otherwise and not claim.held else ""
+        if len(claim.figures) > 1 and not claim.held:
+            reason = f" Seed by seed: {', '.join(in_words(figure) for figure in claim.figures)}.{reason}"
         relation = "at most" if claim.relation == "<=" else "at least"
         rows.append(
             f"<tr><td>{escape(claim.claim)}<br>"

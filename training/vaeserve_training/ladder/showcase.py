@@ -47,7 +47,8 @@ def measure_showcase(lab: Lab) -> Findings:
         f"{number(len(lab.test_pixels))} unseen images",
         f"FID-LeNet on {number(lab.scale.samples)} images a side",
     )
-    _draw(lab, {step: of_step[0] for step, of_step in systems.items()}, plane[0], made_with)
+    one_seed = sizes(runs[0].system.spec, lab.scale.seeds[:1], f"{size} latents")
+    _draw(lab, {step: of_step[0] for step, of_step in systems.items()}, plane[0], one_seed)
     _draw_curves(lab, neg_elbo, fid, made_with)
     return Findings(
         sizes=made_with,
@@ -140,7 +141,9 @@ def _draw(lab: Lab, over_training: dict[int, System], plane: Trained, made_with:
     figures.image_rows(lab.out / "11-samples.png", sampled, note=made_with)
     plane_sizes = sizes(plane.system.spec, lab.scale.seeds[:1], "2 latents")
     grid = manifold(plane.system, _MANIFOLD).numpy()
-    figures.image_panels(lab.out / "11-manifold.png", [("", grid)], columns=_MANIFOLD, note=plane_sizes, gap_px=0)
+    reach = float(torch.special.ndtri(torch.tensor(1 - 0.5 / _MANIFOLD)))
+    title = f"first latent to the right, second upwards, each from {-reach:.2f} to {reach:.2f}"
+    figures.image_panels(lab.out / "11-manifold.png", [(title, grid)], columns=_MANIFOLD, note=plane_sizes, gap_px=0)
     system = list(over_training.values())[-1]
     codes = system.encode(lab.test_pixels)
     first, second = lab.pairs(_WAYS, len(codes), seed=lab.scale.seeds[0])

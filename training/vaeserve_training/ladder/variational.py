@@ -69,7 +69,7 @@ def measure_variational(lab: Lab) -> Findings:
         vae.runs[0].system.spec, lab.scale.seeds, f"{latents} latents", f"{number(len(lab.test_pixels))} unseen images"
     )
     kl = [_closed_and_sampled(bound, seed) for bound, seed in zip(vae.bounds, lab.scale.seeds, strict=True)]
-    _draw(lab, kinds, kl[0], made_with)
+    _draw(lab, kinds, kl[0], sizes(vae.runs[0].system.spec, lab.scale.seeds[:1], f"{latents} latents"))
     return Findings(
         sizes=made_with,
         claims=_claims(kinds, tuple(_standard_errors(*estimate) for estimate in kl), _pixel_mean_nats(lab)),
