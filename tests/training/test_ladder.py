@@ -475,7 +475,9 @@ def test_several_seeds_are_held_to_the_bound_one_by_one_and_shown_as_mean_and_sp
     assert not claim.held
     assert Claim.at_most("It is small.", "size", (1.0, 2.0, 2.5), 3.0).held
     assert not Claim.at_least("It is a number.", "size", (float("nan"),), 0.0).held
-    assert in_words((1.0, 2.0, 6.0)) == "3 ± 2.646"
+    assert in_words((1.0, 2.0, 6.0)) == "3 ± 2.6"
+    assert in_words((1000.0, 2000.0, 3000.0)) == "2 000 ± 1 000"
+    assert in_words((0.0001, 0.0002)) == "0.00015 ± 7.1e-05"
     assert in_words(10_000) == "10 000"
 
 

@@ -127,17 +127,22 @@ def spread(figures: Figures) -> float:
 
 
 def in_words(cell: Cell) -> str:
-    """Return a cell as people read it: four digits, and `mean ± standard deviation` over several seeds."""
+    """Return a cell as people read it: four digits, and `mean ± standard deviation` over several seeds, that in two."""
     if isinstance(cell, str):
         return cell
     if isinstance(cell, int):
         return f"{cell:,}".replace(",", " ")
     if isinstance(cell, tuple):
         words = in_words(mean(cell))
-        return f"{words} ± {in_words(spread(cell))}" if len(cell) > 1 else words
+        return f"{words} ± {_spread_in_words(cell)}" if len(cell) > 1 else words
     if abs(cell) >= 1000 or cell.is_integer():
         return in_words(round(cell))
     return f"{cell:.4g}"
+
+
+def _spread_in_words(figures: Figures) -> str:
+    found = spread(figures)
+    return in_words(round(found)) if found >= 10 else f"{found:.2g}"
 
 
 def ratios(figures: Figures, bases: Figures) -> Figures:
