@@ -255,7 +255,7 @@ def measure_vectors(lab: Lab) -> Findings:
         ),
         remarks=(
             f"A few real numbers do nearly the work of step 2's {number(images + 1)} places. But nothing in the loss "
-            "says what should lie between the codes: midpoints are none of the images, and pictures show what they are.",
+            "says what should lie between the codes: midpoints are none of the images; pictures show what they are.",
         ),
     )
 
