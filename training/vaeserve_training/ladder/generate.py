@@ -73,7 +73,7 @@ def measure_generation(lab: Lab) -> Findings:
                     (
                         f"{VAE}, {prior}",
                         tuple(found.share for found in of_prior),
-                        tuple(found.standard_error for found in of_prior),
+                        of_prior[0].standard_error,  # the same for every seed
                     )
                     for prior, of_prior in copied.items()
                 ),

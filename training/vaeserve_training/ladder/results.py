@@ -120,7 +120,7 @@ def mean(figures: Figures) -> float:
 
 def spread(figures: Figures) -> float:
     """Return the standard deviation over the seeds, 0 for a single one."""
-    if len(figures) < 2:
+    if len(set(figures)) < 2:
         return 0.0
     middle = mean(figures)
     return math.sqrt(math.fsum((figure - middle) ** 2 for figure in figures) / (len(figures) - 1))
