@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from vaeserve_training import models, objectives
 from vaeserve_training.config import Section, TrainConfig
+from vaeserve_training.convolutions import FastConvolutions
 from vaeserve_training.data import ImageData
 from vaeserve_training.ladder.codes import Code, CodeName, EncoderCode, NoisyEncoderCode, Source, make_source
 from vaeserve_training.models import Decoder, Vae
@@ -83,14 +84,17 @@ class System(nn.Module):
         if noise is None:
             noise = torch.zeros(len(pixels), self.latent_size)
         batches = zip(*(torch.split(part, _BATCH) for part in (image, rows, noise)), strict=True)
-        return torch.cat([self.code(*batch).latent for batch in batches])
+        with FastConvolutions():
+            return torch.cat([self.code(*batch).latent for batch in batches])
 
     @torch.no_grad()
     def posteriors(self, pixels: Tensor) -> Posterior:
         """Return the Gaussians (N, D) that codes of uint8 images are drawn from; an autoencoder's have no width."""
         if not isinstance(self.source, EncoderCode | NoisyEncoderCode):
             raise TypeError(f"a system with codes from {self.spec.codes!r} has no encoder")
-        parts = [self.source.encoder(batch) for batch in torch.split(self.observe(pixels).encoder_input, _BATCH)]
+        images = torch.split(self.observe(pixels).encoder_input, _BATCH)
+        with FastConvolutions():
+            parts = [self.source.encoder(batch) for batch in images]
         mean, log_variance = (torch.cat(column) for column in zip(*parts, strict=True))
         exact = isinstance(self.source, EncoderCode)
         return Posterior(mean, log_variance.fill_(models.LOG_VARIANCE_RANGE[0]) if exact else log_variance)
@@ -98,7 +102,8 @@ class System(nn.Module):
     @torch.no_grad()
     def logits(self, latent: Tensor) -> Tensor:
         """Return the images of codes (N, D) before the sigmoid, (N, C, H, W)."""
-        return torch.cat([self.decoder.logits(batch) for batch in torch.split(latent, _BATCH)])
+        with FastConvolutions():
+            return torch.cat([self.decoder.logits(batch) for batch in torch.split(latent, _BATCH)])
 
     def decode(self, latent: Tensor) -> Tensor:
         """Return the images (N, C, H, W) in 0..1 of codes (N, D)."""
