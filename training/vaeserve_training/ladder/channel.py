@@ -78,8 +78,8 @@ def measure_channel(lab: Lab) -> Findings:
     of_channel = (
         f"{number(_NAME_DRAWS)} draws of two equally likely names, seed 0; {number(_GAUSSIAN_INPUTS)} Gaussian inputs"
     )
-    posteriors = number(len(lab.test_pixels))
-    of_latents = f"{posteriors} posteriors of unseen images; as many draws for each latent"
+    posteriors, draws = number(len(lab.test_pixels)), number(lab.scale.draws)
+    of_latents = f"{posteriors} posteriors of unseen images; {draws} draws for each latent"
     of_vae = sizes(runs[0].system.spec, lab.scale.seeds, of_latents)
     _draw_channel(lab, channels, of_channel)
     _draw_latents(lab, latents[0], sizes(runs[0].system.spec, lab.scale.seeds[:1], of_latents))
@@ -139,10 +139,10 @@ def _latent_table(latents: list[_Latents], posteriors: int) -> Table:
             (rank + 1, *(tuple(float(one[rank]) for one in column) for column in columns))
             for rank in range(len(latents[0].kl))
         ),
-        note="By falling KL, which is information + marginal KL. Information of image and latent, estimated by one "
-        f"draw from each of {number(posteriors)} posteriors, and so at most log2 N = {math.log2(posteriors):.1f} bits; "
-        "KL in closed form, marginal KL by quadrature. The capacity takes the mean squared noise for the noise of "
-        "every image, so here it is a guide and no bound.",
+        note="By falling KL, which is information + marginal KL. Information of image and latent, estimated by draws "
+        f"from {number(posteriors)} posteriors, and so at most log2 N = {math.log2(posteriors):.1f} bits; KL in closed "
+        "form, marginal KL by quadrature. The capacity takes the mean squared noise for the noise of every image, so "
+        "here it is a guide and no bound.",
     )
 
 
@@ -171,7 +171,7 @@ def _latents(lab: Lab, run: Trained, seed: int) -> _Latents:
     order = kl.argsort(descending=True)
     # Each latent with draws of its own, or all of them would err to the same side.
     found = [
-        mutual_information(mean[:, [latent]], stddev[:, [latent]], draws=len(mean), seed=seed_of(seed, latent))
+        mutual_information(mean[:, [latent]], stddev[:, [latent]], draws=lab.scale.draws, seed=seed_of(seed, latent))
         for latent in order.tolist()
     ]
     signal_to_noise = mean.var(0) / stddev.square().mean(0)
