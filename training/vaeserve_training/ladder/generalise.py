@@ -11,7 +11,7 @@ from vaeserve_training.figures_ladder import ImageRow, Panel, Series
 from vaeserve_training.ladder import specs
 from vaeserve_training.ladder.lab import Draw, Lab
 from vaeserve_training.ladder.priors import FITTED, PRIORS, UNIT
-from vaeserve_training.ladder.results import Claim, Figures, Findings, Picture, Table, differences, ratios
+from vaeserve_training.ladder.results import Claim, Figures, Findings, Picture, Table, differences, mean, ratios
 from vaeserve_training.ladder.scale import Scale
 from vaeserve_training.ladder.systems import Spec, System, image_mse, intensity
 from vaeserve_training.ladder.wording import listed, number, sizes
@@ -23,7 +23,6 @@ _MAKERS = {AUTOENCODER: specs.autoencoder, VAE: specs.variational_autoencoder}
 _GAP_IMAGES = 10_000  # images at most on which an error is measured
 _SHOWN = 12
 _TRAINING = ", training"
-_RECONSTRUCTION = "Reconstruction is all that the plain autoencoder was trained for, and there it wins."
 
 
 @dataclass(frozen=True)
@@ -175,26 +174,33 @@ def _claims(found: Everything, counts: tuple[int, ...]) -> tuple[Claim, ...]:
             Claim.at_most(
                 f"Codes of unseen images hold them better in the VAE, {trained_on}.",
                 "mean squared error of unseen images in the VAE as a multiple of the autoencoder's",
-                ratios(_figures(vae, "test_mse"), _figures(plain, "test_mse")),
+                mse := ratios(_figures(vae, "test_mse"), _figures(plain, "test_mse")),
                 1.0,
-                otherwise=_RECONSTRUCTION,
+                otherwise=_winner(mse, 1.0),
             ),
             Claim.at_most(
                 f"They do so in nats, too, {trained_on}.",
                 "the VAE's distortion of unseen images at the posterior's mean, in nats, less the autoencoder's",
-                differences(_figures(vae, "test_at_mean"), _figures(plain, "test_at_mean")),
+                nats := differences(_figures(vae, "test_at_mean"), _figures(plain, "test_at_mean")),
                 0.0,
-                otherwise=_RECONSTRUCTION,
+                otherwise=_winner(nats, 0.0),
             ),
             Claim.at_most(
                 f"Reconstructions of unseen images are nearer to the data from the VAE, {trained_on}.",
                 "FID-LeNet of the VAE's reconstructions as a multiple of the autoencoder's",
-                ratios(_figures(vae, "unseen_fid"), _figures(plain, "unseen_fid")),
+                fid := ratios(_figures(vae, "unseen_fid"), _figures(plain, "unseen_fid")),
                 1.0,
-                otherwise=f"{_RECONSTRUCTION} The VAE's noise costs sharpness.",
+                otherwise=f"{_winner(fid, 1.0)} The VAE's noise costs sharpness.",
             ),
         ]
     return tuple(claims)
+
+
+def _winner(figures: Figures, bound: float) -> str:
+    """Return who reconstructs better, where it is not the VAE with every seed."""
+    if mean(figures) <= bound:
+        return "Neither is ahead with every seed."
+    return "The plain autoencoder wins: reconstruction is all that it was trained for."
 
 
 def _tables(found: Everything) -> tuple[Table, Table]:
