@@ -221,8 +221,8 @@ def _claims(channels: list[_Channel], latents: list[_Latents]) -> tuple[Claim, .
 
 
 def _draw_channel(lab: Lab, channels: list[_Channel], made_with: str) -> None:
-    two = f"densities of what arrives of the names {NAMES[0]} and {NAMES[1]}, in closed form"
-    figures.chart(lab.out / "08-names.png", [_densities(0.003), _densities(1.0)], note=two)
+    of_densities = f"densities of what arrives of the names {NAMES[0]} and {NAMES[1]}, in closed form"
+    figures.chart(lab.out / "08-names.png", [_densities(0.003), _densities(1.0)], note=of_densities)
     noise = [channel.stddev for channel in channels]
     shared = "standard deviation of the noise"
     figures.chart(

@@ -151,6 +151,9 @@ def _claims(found: Everything, counts: tuple[int, ...]) -> tuple[Claim, ...]:
     for images in counts:
         plain, vae = found[AUTOENCODER, images], found[VAE, images]
         trained_on = f"with {number(images)} training images"
+        mse = ratios(_figures(vae, "test_mse"), _figures(plain, "test_mse"))
+        nats = differences(_figures(vae, "test_at_mean"), _figures(plain, "test_at_mean"))
+        fid = ratios(_figures(vae, "unseen_fid"), _figures(plain, "unseen_fid"))
         claims += [
             Claim.at_most(
                 f"The gap between training and unseen images is smaller for the VAE, {trained_on}.",
@@ -174,21 +177,21 @@ def _claims(found: Everything, counts: tuple[int, ...]) -> tuple[Claim, ...]:
             Claim.at_most(
                 f"Codes of unseen images hold them better in the VAE, {trained_on}.",
                 "mean squared error of unseen images in the VAE as a multiple of the autoencoder's",
-                mse := ratios(_figures(vae, "test_mse"), _figures(plain, "test_mse")),
+                mse,
                 1.0,
                 otherwise=_winner(mse, 1.0),
             ),
             Claim.at_most(
                 f"They do so in nats, too, {trained_on}.",
                 "the VAE's distortion of unseen images at the posterior's mean, in nats, less the autoencoder's",
-                nats := differences(_figures(vae, "test_at_mean"), _figures(plain, "test_at_mean")),
+                nats,
                 0.0,
                 otherwise=_winner(nats, 0.0),
             ),
             Claim.at_most(
                 f"Reconstructions of unseen images are nearer to the data from the VAE, {trained_on}.",
                 "FID-LeNet of the VAE's reconstructions as a multiple of the autoencoder's",
-                fid := ratios(_figures(vae, "unseen_fid"), _figures(plain, "unseen_fid")),
+                fid,
                 1.0,
                 otherwise=f"{_winner(fid, 1.0)} The VAE's noise costs sharpness.",
             ),
